@@ -1,0 +1,91 @@
+"""Start-up check of ``numerics: exact``: does this machine give row-invariant results?
+
+The design rests on how this torch build and this CPU sum (``kernels.reference``). Rather than trust a
+table of machines, an engine in exact mode asks once, on its own weight shapes, and refuses to start
+where the answer is no.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from kernels.reference import attend_paged, distribution, linear, plan_tiles, rms_norm, rope, rope_tables, swiglu
+
+ROW_COUNTS = (1, 3, 8, 17, 40)
+
+
+def check_exact(
+    linear_shapes: Iterable[tuple[int, int]], *, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> None:
+    """Compare rows computed alone and in company, for each (out, in) linear and the attention shape.
+
+    Raises RuntimeError naming the op that depends on the batch; the way out is ``numerics: fast``.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    for out_features, in_features in sorted(set(linear_shapes)):
+        x, weight = random(ROW_COUNTS[-1], in_features), random(out_features, in_features)
+        whole = linear(x, weight)
+        for rows in ROW_COUNTS[:-1]:
+            part = linear(x[-rows:].contiguous(), weight)
+            _expect_equal(part, whole[-rows:], f"linear {in_features} -> {out_features}")
+        _check_elementwise(x, whole)
+    _check_attention(random, num_heads, num_kv_heads, head_dim, device)
+
+
+def _check_elementwise(x: Tensor, wide: Tensor) -> None:
+    ones = torch.ones_like(x[0])
+    heat = torch.full((len(wide),), 0.7, device=wide.device)
+    even = wide[:, : wide.shape[1] // 2 * 2]
+    ops = {
+        "rms_norm": (lambda t, _: rms_norm(t, ones, 1e-6), x, heat),
+        "swiglu": (lambda t, _: swiglu(t), even, heat),
+        "log_softmax": (distribution, wide, heat),
+    }
+    for name, (op, data, second) in ops.items():
+        whole = op(data, second)
+        for rows in (8, 16):  # log-softmax is only ever called on multiples of eight rows
+            part = slice(len(data) - rows, len(data))
+            _expect_equal(op(data[part].contiguous(), second[part]), whole[part], f"{name} of width {data.shape[1]}")
+
+
+def _check_attention(
+    random: Callable[..., Tensor], num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> None:
+    """A sequence of 70 tokens in one piece, against chunks of odd sizes and single tokens in other pages."""
+    length, pages = 70, 6
+    positions = torch.arange(length, device=device)
+    inv_freq = 10000 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
+    q = rope(random(length, num_heads, head_dim), *rope_tables(positions, inv_freq))
+    k, v = random(length, num_kv_heads, head_dim), random(length, num_kv_heads, head_dim)
+
+    def run(cuts: list[int], table: list[int]) -> Tensor:
+        shape = (pages, num_kv_heads, 32, head_dim)
+        k_cache, v_cache = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        parts = []
+        for begin, end in itertools.pairwise(cuts):
+            at = positions[begin:end]
+            slots = torch.tensor(table, device=device)[at // 32] * 32 + at % 32
+            plan = plan_tiles([end - begin], [end], [table], device)
+            parts.append(attend_paged(q[begin:end], k[begin:end], v[begin:end], k_cache, v_cache, slots, plan))
+        return torch.cat(parts)
+
+    whole = run([0, length], [0, 1, 2])
+    _expect_equal(run([0, 1, 2, 19, 33, 34, 64, 65, length], [5, 1, 3]), whole, "attention in chunks")
+
+
+def _expect_equal(part: Tensor, whole: Tensor, what: str) -> None:
+    if not torch.equal(part, whole):
+        gap = (part - whole).abs().max().item()
+        raise RuntimeError(
+            f"numerics: exact needs results that do not depend on the batch, but {what} differs by {gap:.1e} between "
+            f"{len(part)} rows alone and in company ({torch.get_num_threads()} threads, torch {torch.__version__}). "
+            "Set numerics: fast, or change the number of threads."
+        )

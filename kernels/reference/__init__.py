@@ -1,0 +1,48 @@
+"""Every op in plain torch: the specification of the Triton kernels, and the CPU path.
+
+All ops are *row-invariant* on CPU in fp32: the bits of a row do not depend on how many other
+rows share the call, on their order, or on the thread count. Three habits buy that:
+
+* matrix products see a multiple of eight rows (:func:`linear`) or a fixed 32-key block
+  (:func:`attend_blocks`);
+* elementwise code uses only exp, log, cos, sin, rsqrt and + - * /, whose vector body and tail
+  agree (``F.silu``, ``sigmoid`` and ``pow`` do not);
+* a reduction runs along the last axis of at least eight rows.
+
+``kernels.exactness`` asserts it on the machine at hand.
+"""
+
+from kernels.reference.attention import (
+    KV_BLOCK,
+    TileBatch,
+    attend_blocks,
+    attend_paged,
+    packed_attention,
+    plan_tiles,
+    store_kv,
+)
+from kernels.reference.dense import add_rms_norm, linear, rms_norm, rope, rope_tables, swiglu
+from kernels.reference.logprobs import distribution, logits, token_logprobs
+from kernels.reference.sampling import SampledTokens, philox_uniform, sample_tokens
+
+__all__ = [
+    "KV_BLOCK",
+    "SampledTokens",
+    "TileBatch",
+    "add_rms_norm",
+    "attend_blocks",
+    "attend_paged",
+    "distribution",
+    "linear",
+    "logits",
+    "packed_attention",
+    "philox_uniform",
+    "plan_tiles",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "sample_tokens",
+    "store_kv",
+    "swiglu",
+    "token_logprobs",
+]

@@ -1,0 +1,129 @@
+"""Linear, RMSNorm, RoPE and SwiGLU, forward and backward.
+
+Axes: T tokens, H hidden, N heads, D head dim, I MLP width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROW_MULTIPLE = 8  # fewer rows than this, or an odd rest, send BLAS down another summation path
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` with rows padded to a multiple of eight.
+
+    x [T, in], weight [out, in], bias [out] -> [T, out]. Row-invariant; differentiable.
+    """
+    rows = x.shape[0]
+    pad = -rows % ROW_MULTIPLE
+    if pad:
+        return F.linear(F.pad(x, (0, 0, 0, pad)), weight, bias)[:rows]
+    return F.linear(x, weight, bias)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inv = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inv)
+        return (wide * inv).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
+        x, weight, inv = ctx.saved_tensors
+        normed = x.float() * inv
+        dy = dy.float()
+        g = dy * weight.float()
+        dx = inv * (g - normed * (g * normed).mean(-1, keepdim=True))
+        dw = (dy * normed).flatten(0, -2).sum(0)
+        return dx.to(x.dtype), dw.to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, in fp32 (Zhang & Sennrich 2019).
+
+    x [..., D], weight [D] -> [..., D] in x's dtype.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``h = x + residual``; returns ``(rms_norm(h), h)``, both [T, H]."""
+    h = x + residual
+    return rms_norm(h, weight, eps), h
+
+
+def rope_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``position * inv_freq``, each fp32 [T, D/2]. positions [T] int, inv_freq [D/2] fp32."""
+    angle = positions.float()[:, None] * inv_freq
+    return torch.cos(angle), torch.sin(angle)
+
+
+def llama3_inv_freq(inv_freq: Tensor, *, factor: float, low: float, high: float, original: int) -> Tensor:
+    """Llama-3's RoPE scaling (Llama 3.1 release, ``rope_type: llama3``).
+
+    Wavelengths above ``original/low`` are stretched by ``factor``, those below ``original/high`` kept, and
+    those between interpolated linearly in ``original/wavelength``.
+    """
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    scaled = torch.where(wavelength > original / low, inv_freq / factor, between)
+    return torch.where(wavelength < original / high, inv_freq, scaled)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split layout (Su et al. 2021; the layout of Hugging Face checkpoints).
+
+    x [T, N, D], cos and sin [T, D/2] fp32 -> [T, N, D] in x's dtype.
+    """
+    return _Rope.apply(x, cos, sin)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.float().chunk(2, -1)
+        return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (gate_up,) = ctx.saved_tensors
+        dy = grads[0].float()
+        gate, up = gate_up.float().chunk(2, -1)
+        # Through 1/(1+e) rather than autograd: e overflows to inf for gate < -88 and 0 * inf is NaN.
+        sig = 1 / (1 + torch.exp(-gate))
+        dgate = dy * up * (sig * (1 + gate * (1 - sig)))
+        return torch.cat((dgate, dy * (gate * sig)), -1).to(gate_up.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer 2020). gate_up [T, 2I], gate first -> [T, I]."""
+    return _SwiGLU.apply(gate_up)

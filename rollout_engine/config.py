@@ -1,0 +1,37 @@
+"""Engine settings. Sizes are bytes and counts, never a fraction of memory that somebody else uses too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAGE_MULTIPLE = 32  # the attention's KV block
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Args:
+    kv_cache_gib: memory for KV pages, GiB. page_size: tokens per page, a multiple of 32.
+    max_num_seqs: answers in flight at once. max_batch_tokens: tokens forwarded per step, at most.
+    prefix_caching: share the pages of equal prompt prefixes.
+    numerics: "exact" refuses to start where results depend on the batch; "fast" doesn't ask.
+    seed: of the sampling noise.
+    """
+
+    kv_cache_gib: float = 0.5
+    page_size: int = 32
+    max_num_seqs: int = 512
+    max_batch_tokens: int = 4096
+    prefix_caching: bool = True
+    numerics: str = "exact"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, ok, allowed in (
+            ("kv_cache_gib", self.kv_cache_gib > 0, "a positive number of GiB"),
+            ("page_size", self.page_size > 0 and self.page_size % PAGE_MULTIPLE == 0, "a multiple of 32"),
+            ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
+            ("max_batch_tokens", self.max_batch_tokens >= 1, "at least 1"),
+            ("numerics", self.numerics in ("exact", "fast"), "'exact' or 'fast'"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")

@@ -1,0 +1,45 @@
+"""The KV pages themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rollout_engine.models.config import DecoderConfig
+
+GIB = 1 << 30
+
+
+class KVCache:
+    """Keys and values of all layers, [layers, pages, kv_heads, page_size, head_dim], zeroed.
+
+    Zeroed because attention multiplies unwritten slots by a probability of 0, and 0 * NaN is NaN.
+
+    Raises ValueError when ``gib`` does not hold one page.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, gib: float, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        page_bytes = page_size * config.kv_bytes_per_token(dtype.itemsize)
+        self.num_pages = int(gib * GIB) // page_bytes
+        if self.num_pages < 1:
+            raise ValueError(
+                f"kv_cache_gib={gib} holds no page; one page of {page_size} tokens takes {page_bytes / GIB:.4f} GiB"
+            )
+        shape = (config.num_layers, self.num_pages, config.num_kv_heads, page_size, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole pages, (from, to)."""
+        source, target = torch.tensor(pairs, device=self.k.device).T
+        for cache in (self.k, self.v):
+            cache[:, target] = cache[:, source]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[3]
+
+    def storage(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v

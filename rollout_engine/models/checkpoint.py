@@ -1,0 +1,205 @@
+"""Hugging Face checkpoints in and out: one map of names and shapes, used both ways.
+
+Our layout fuses q/k/v and gate/up; ``name_map`` of the family lists, for each parameter of ours, the
+checkpoint tensors that are its consecutive row ranges.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rollout_engine.models import family
+from rollout_engine.models.decoder import Decoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder with all that belongs to it outside the weights."""
+
+    decoder: Decoder
+    hf_config: Any  # transformers PretrainedConfig
+    tokenizer: Any | None  # transformers tokenizer; None when the caller works on token ids alone
+    eos_ids: tuple[int, ...]
+
+
+def resolve(path: str | Path, revision: str = "main") -> Path:
+    """Local folder of a checkpoint; a Hub id is downloaded (config, tokenizer and safetensors only)."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(path).startswith("."):
+        raise ValueError(f"model path {str(path)!r} is not a folder; give a folder with config.json or a Hub id")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    return Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the tokenizer files of the "
+            "checkpoint there, or pass tokenizer=False and work on token ids"
+        )
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    revision: str = "main",
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    tokenizer: bool = True,
+) -> Model:
+    """Load a checkpoint into our decoder.
+
+    Args:
+        path: folder or Hub id. dtype: of the weights, one of float32, bfloat16, float16.
+        tokenizer: False skips the tokenizer; then every embedding row may be sampled.
+
+    Raises ValueError for an unsupported family, a missing tokenizer, and missing, misshapen or truncated tensors.
+    """
+    from transformers import AutoConfig
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {sorted(DTYPES)}")
+    folder = resolve(path, revision)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
+    hf_config = AutoConfig.from_pretrained(folder)
+    module = family(hf_config)
+    tok = load_tokenizer(folder) if tokenizer else None
+    config = module.decoder_config(hf_config)
+    with torch.device(device), default_dtype(DTYPES[dtype]):
+        decoder = Decoder(config, num_tokens=len(tok) if tok else config.vocab_size)
+    _read_weights(decoder, folder, module.name_map(config))
+    return Model(decoder, hf_config, tok, _eos_ids(folder, hf_config, tok))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made inside have this dtype; no second copy of the weights is ever made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _eos_ids(folder: Path, hf_config: Any, tokenizer: Any | None) -> tuple[int, ...]:
+    """generation_config.json first (it may list several), then config.json, then the tokenizer."""
+    generation = folder / "generation_config.json"
+    candidates = [json.loads(generation.read_text()).get("eos_token_id")] if generation.exists() else []
+    candidates += [hf_config.eos_token_id, tokenizer.eos_token_id if tokenizer else None]
+    found = next((c for c in candidates if c is not None), ())
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [f.name for f in files if not f.exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks the weight files {missing}; download the checkpoint again (safetensors only)")
+    return files
+
+
+def _read_weights(decoder: Decoder, folder: Path, names: dict[str, tuple[str, ...]]) -> None:
+    readers: dict[str, Any] = {}
+    for file in _weight_files(folder):
+        try:
+            reader = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            size = file.stat().st_size
+            raise ValueError(f"{file} is truncated or damaged ({size} bytes: {error}); download it again") from error
+        readers.update(dict.fromkeys(reader.keys(), reader))
+    missing = sorted(part for parts in names.values() for part in parts if part not in readers)
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} tensors that its config.json calls for, first {missing[0]!r}")
+    with torch.no_grad():
+        for ours, parts in names.items():
+            parameter = decoder.get_parameter(ours)
+            shapes = [tuple(readers[part].get_slice(part).get_shape()) for part in parts]
+            rows = sum(shape[0] for shape in shapes)
+            if (rows, *shapes[0][1:]) != tuple(parameter.shape):
+                raise ValueError(f"{parts} have shapes {shapes}, but config.json makes {ours} {tuple(parameter.shape)}")
+            begin = 0
+            for part, shape in zip(parts, shapes, strict=True):
+                parameter[begin : begin + shape[0]].copy_(readers[part].get_tensor(part))
+                begin += shape[0]
+
+
+def export_tensors(decoder: Decoder, hf_config: Any) -> dict[str, Tensor]:
+    """The decoder's parameters under their checkpoint names, on the CPU."""
+    config = decoder.config
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    rows = {"qkv_proj": [q, kv, kv], "gate_up_proj": [config.intermediate_size] * 2}
+    tensors: dict[str, Tensor] = {}
+    for ours, parts in family(hf_config).name_map(config).items():
+        value = decoder.get_parameter(ours).detach().cpu()
+        split = rows.get(ours.split(".")[-2], [value.shape[0]])
+        for part, piece in zip(parts, value.split(split), strict=True):
+            tensors[part] = piece.clone()
+    return tensors
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """Write a checkpoint that transformers loads. Atomic: the folder appears whole or not at all.
+
+    Raises ValueError if the folder exists.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; a checkpoint is never overwritten, choose another folder")
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    tensors = export_tensors(model.decoder, model.hf_config)
+    plan = split_torch_state_dict_into_shards(
+        tensors, max_shard_size=SHARD_BYTES, filename_pattern="model{suffix}.safetensors"
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, tmp / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    hf_config = type(model.hf_config).from_dict(model.hf_config.to_dict())
+    hf_config.architectures = [architecture(model.hf_config)]
+    hf_config.dtype = model.decoder.norm.weight.dtype
+    hf_config.save_pretrained(tmp)
+    (tmp / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.eos_ids)}))
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(tmp)
+    tmp.rename(folder)
+
+
+def architecture(hf_config: Any) -> str:
+    """Class name under which transformers loads this config as a causal LM."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]

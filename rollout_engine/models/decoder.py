@@ -1,0 +1,182 @@
+"""The one decoder. Trainer and engine both run this code; they differ in the attention context they pass.
+
+Axes: T tokens of the call (no batch axis, no padding), H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import add_rms_norm, linear, logits, rms_norm, rope, rope_tables, swiglu, token_logprobs
+from kernels.reference.dense import llama3_inv_freq
+from rollout_engine.models.config import DecoderConfig
+from rollout_engine.models.context import AttentionContext
+
+
+class Linear(nn.Module):
+    """``kernels.linear`` with its parameters. Weight [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * config.head_dim, config.attention_bias)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ctx: AttentionContext) -> Tensor:
+        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        q, k, v = heads.split(self.heads, 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = ctx.attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v)
+        return self.o_proj(out.reshape(len(x), -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, ctx: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` is the previous sublayer's output, not yet added to ``residual``."""
+        normed, residual = add_rms_norm(x, residual, self.attention_norm.weight, self.attention_norm.eps)
+        x = self.attention(normed, cos, sin, ctx)
+        normed, residual = add_rms_norm(x, residual, self.mlp_norm.weight, self.mlp_norm.eps)
+        return self.mlp(normed), residual
+
+
+class LogProbHead(nn.Module):
+    """Vocabulary head of both callers. ``num_tokens`` is the tokenizer's size; rows beyond it never count."""
+
+    def __init__(self, config: DecoderConfig, num_tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.num_tokens = num_tokens
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> fp32 [R, V]."""
+        return logits(hidden, self.weight, self.num_tokens)
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [R, H], targets [R], temperature [R] -> log-prob of the target and entropy, fp32 [R]."""
+        return token_logprobs(hidden, self.weight, targets, temperature, self.num_tokens)
+
+
+class Decoder(nn.Module):
+    """Pre-norm rotary decoder with grouped-query attention and a gated MLP.
+
+    Args:
+        config: sizes and switches.
+        num_tokens: ids that may be sampled, at most ``config.vocab_size``.
+    """
+
+    def __init__(self, config: DecoderConfig, num_tokens: int) -> None:
+        super().__init__()
+        if not 0 < num_tokens <= config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {num_tokens} tokens but the model embeds {config.vocab_size}; "
+                "use the tokenizer that belongs to the checkpoint"
+            )
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = LogProbHead(config, num_tokens)
+        if config.tie_embeddings:
+            self.head.weight = self.embed_tokens.weight
+
+    def hidden(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
+        """token_ids [T] -> final-normed hidden states [T, H]; row t predicts the token after t."""
+        cos, sin = rope_tables(ctx.positions, inv_freq(self.config, token_ids.device))
+        residual = self.embed_tokens(token_ids)
+        x = torch.zeros_like(residual)
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, ctx)
+        normed, _ = add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
+        return normed
+
+    def forward(
+        self, token_ids: Tensor, ctx: AttentionContext, rows: Tensor, targets: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score ``targets`` [R] predicted at ``rows`` [R] of token_ids [T]: log-prob and entropy, fp32 [R]."""
+        return self.head(self.hidden(token_ids, ctx)[rows], targets, temperature)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal(0, 0.02) matrices, zero biases, unit norms: the usual start of a model from scratch."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+
+
+@functools.lru_cache
+def inv_freq(config: DecoderConfig, device: torch.device) -> Tensor:
+    """RoPE frequencies, fp32 [D/2]. Not a buffer: that would follow the module to bf16, and angles need fp32."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    plain = 1.0 / (config.rope_theta**exponent)
+    s = config.rope_scaling
+    if s is not None:
+        plain = llama3_inv_freq(
+            plain,
+            factor=s.factor,
+            low=s.low_freq_factor,
+            high=s.high_freq_factor,
+            original=s.original_max_position,
+        )
+    return plain.to(device)

@@ -1,0 +1,157 @@
+"""What goes into the engine and what comes out. Names and shapes follow vLLM's offline API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample one prompt's answers.
+
+    Args:
+        n: answers per prompt; the prompt is prefilled once for all of them.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens, 0 keeps all. top_p: keep the smallest set with this mass.
+        seed: makes the answers depend on (seed, index, position) alone; None draws from the engine's seed
+            and a running sample number.
+        max_tokens: longest answer; the model's context length caps it too.
+        stop_token_ids: end the answer, beside the model's own end-of-sequence ids.
+        ignore_eos: keep going past the end-of-sequence ids (``stop_token_ids`` still stop).
+        logprobs: None, or 0/1 to fill ``CompletionOutput.logprobs`` with the sampled tokens' entries.
+
+    Raises ValueError naming the field, what was given and what is allowed.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, ok, allowed in (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]; for greedy decoding use temperature=0"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("logprobs", self.logprobs in (None, 0, 1), "None, 0 or 1 (the sampled token's)"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Logprob:
+    logprob: float
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer. The per-token columns have one entry per token of ``token_ids``, eos included."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" | "length" | "abort"
+    stop_reason: int | None  # the token that stopped it
+    sample_id: int
+    policy_logprobs: tuple[float, ...]  # full vocabulary, at the sampling temperature
+    processed_logprobs: tuple[float, ...]  # under the distribution after top-k/top-p
+    log_kept_mass: tuple[float, ...]  # log of the mass the filters kept
+    weight_versions: tuple[int, ...]  # version of the weights that produced the token
+    logprobs: list[dict[int, Logprob]] | None = None  # vLLM's shape, when asked for
+
+    @property
+    def cumulative_logprob(self) -> float:
+        return sum(self.policy_logprobs)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """All answers to one prompt, in order of ``index``."""
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    num_cached_tokens: int
+    finished: bool = True
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine started; tokens, unless the name says otherwise.
+
+    ``forwarded - recomputed == prompts + (outputs - 1 per answer) - cached`` once all requests finished:
+    no token is scored twice behind the caller's back.
+    """
+
+    forwarded: int = 0
+    recomputed: int = 0  # of those forwarded: again, after a preemption or a weight swap
+    cached: int = 0  # prompt tokens found in the prefix cache
+    sampled: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    aborted_requests: int = 0
+    finished_requests: int = 0
+    running_sequences: int = 0
+    waiting_sequences: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+    weight_version: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(eq=False)
+class Group:
+    """A request inside the engine: one prompt, ``n`` samples. Prefilled by its first sample, then forked."""
+
+    request_id: int
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    sample_ids: list[int]
+    max_len: int  # prompt and answer
+    forked: bool = False
+    num_cached: int = 0
+    outputs: dict[int, CompletionOutput] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample inside the engine: ``num_cached <= num_computed <= len(token_ids) <= group.max_len``.
+
+    There is no prefill phase and no decode phase: a step catches ``num_computed`` up with the tokens, and a
+    sequence that has caught up gets its next token sampled.
+    """
+
+    group: Group
+    index: int
+    token_ids: list[int]  # prompt, then answer
+    num_computed: int = 0  # tokens whose KV is in the pages
+    num_once: int = 0  # tokens that were computed or cached at some time; below it, forwarding is recomputing
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of the leading full pages
+    logprobs: list[tuple[float, float, float]] = field(default_factory=list)  # policy, processed, kept mass
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def num_samples(self) -> int:
+        """Answers this sequence stands for: the whole group until it is forked."""
+        return 1 if self.group.forked else self.group.params.n
+
+    @property
+    def sample_id(self) -> int:
+        return self.group.sample_ids[self.index]
