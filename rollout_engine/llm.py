@@ -112,7 +112,7 @@ class LLM:
             if given is not None and len(given) != len(todo):
                 raise ValueError(f"{len(todo)} prompts but {len(given)} {name}; give one for each prompt")
         self._check_fresh()
-        names = sample_ids or [None] * len(todo)
+        names: Seq[Seq[int] | None] = sample_ids or [None] * len(todo)
         groups = [self._group(*request) for request in zip(todo, each, names, strict=True)]
         for group in groups:
             self._enqueue(group)

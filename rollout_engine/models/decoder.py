@@ -10,6 +10,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import add_rms_norm, linear, logits, rms_norm, rope, rope_tables, swiglu, token_logprobs
 from kernels.reference.dense import llama3_inv_freq
@@ -135,6 +136,7 @@ class Decoder(nn.Module):
         self.head = LogProbHead(config, num_tokens)
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
+        self.gradient_checkpointing = False  # recompute each layer in the backward instead of keeping its activations
 
     def hidden(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
         """token_ids [T] -> final-normed hidden states [T, H]; row t predicts the token after t."""
@@ -142,7 +144,10 @@ class Decoder(nn.Module):
         residual = self.embed_tokens(token_ids)
         x = torch.zeros_like(residual)
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, ctx)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, x, residual, cos, sin, ctx, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, cos, sin, ctx)
         normed, _ = add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
         return normed
 

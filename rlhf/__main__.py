@@ -1,0 +1,88 @@
+"""The command line: ``rlhf train CONFIG``, ``rlhf init NAME``, ``rlhf doctor``, ``rlhf algorithms``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+
+NOT_BUILT = ("sft", "reward-model", "dpo", "eval", "export", "plan", "report")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. Bad input prints one line and gives 2."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf", description="RLHF in which the sampler and the trainer are one model."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="run a config")
+    train.add_argument("config", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("--dry-run", action="store_true", help="check, print the plan and try the reward; start nothing")
+    init = commands.add_parser("init", help="print a packaged config, a starting point of your own")
+    init.add_argument("name", nargs="?", help="leave out to list them")
+    commands.add_parser("algorithms", help="list the algorithms and their hyper-parameters")
+    commands.add_parser("doctor", help="check this machine")
+    for name in NOT_BUILT:
+        commands.add_parser(name, help="not built yet")
+    args, rest = parser.parse_known_args(argv)
+    if args.command in NOT_BUILT:
+        print(f"rlhf {args.command}: not built yet; see the README for what is", file=sys.stderr)
+        return 2
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return {"train": _train, "init": _init, "algorithms": _algorithms, "doctor": _doctor}[args.command](args)
+    except ValueError as error:
+        print(f"rlhf {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(args: argparse.Namespace) -> int:
+    from rlhf.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from rlhf.launch import dry_run, launch
+
+    if args.dry_run:
+        print(dry_run(config))
+    else:
+        launch(config)
+    return 0
+
+
+def _init(args: argparse.Namespace) -> int:
+    folder = files("configs")
+    names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    if args.name is None:
+        print("\n".join(names))
+    elif args.name in names:
+        print((folder / f"{args.name}.yaml").read_text(), end="")
+    else:
+        raise ValueError(f"no packaged config {args.name!r}; choose one of {names}")
+    return 0
+
+
+def _algorithms(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from rlhf import algorithms
+
+    for name in algorithms.names():
+        algorithm = algorithms.load({"name": name})
+        axes = {f.name: getattr(algorithm, f.name) for f in fields(algorithm) if f.name != "name"}  # type: ignore[arg-type]
+        print(name, " ".join(f"{key}={value}" for key, value in axes.items()), sep="  ")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rlhf.doctor import report
+
+    lines, healthy = report()
+    print("\n".join(lines))
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

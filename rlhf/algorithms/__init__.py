@@ -1,0 +1,60 @@
+"""One algorithm a file: a frozen dataclass that is its own config section, with pure methods.
+
+The name in the config is the name of the module; :func:`load` finds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlhf.types import Batch
+
+_NOT_ALGORITHMS = {"sft"}  # the warm start's objective; not a choice for `algorithm.name`
+
+
+class Algorithm(Protocol):
+    """What the loop and the policy ask of an algorithm."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Scoring roles beside the policy, in the order they run."""
+
+    @property
+    def updates_per_rollout(self) -> int: ...
+
+    @property
+    def mask_truncated(self) -> bool:
+        """Keep cut-off answers out of the loss."""
+
+    def advantages(self, batch: Batch) -> Batch:
+        """Fill ``advantages``."""
+
+    def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
+        """One batch per optimizer step, with ``loss_weights``."""
+
+    def policy_loss(
+        self, logprobs: Tensor, entropy: Tensor, batch: Batch, scored: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (a scalar that sums over micro-batches) of the scored tokens [R] and per-token diagnostics [R]."""
+
+
+def names() -> list[str]:
+    """Names that ``algorithm.name`` may take."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_ALGORITHMS)
+
+
+def load(section: dict[str, Any]) -> Algorithm:
+    """Build the algorithm of a config section ``{name: ..., **hyper-parameters}``.
+
+    Raises ValueError naming the known algorithms.
+    """
+    name = section.get("name")
+    if name not in names():
+        raise ValueError(f"algorithm.name={name!r}: choose one of {names()}, or add rlhf/algorithms/{name}.py")
+    module = importlib.import_module(f"rlhf.algorithms.{name}")
+    return module.ALGORITHM(**section)

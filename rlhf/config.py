@@ -1,0 +1,198 @@
+"""The config: two levels, typed, every key known. YAML file plus ``section.key=value`` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from rlhf import algorithms
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    name: str
+    dir: Path = Path("runs")
+    seed: NonNegativeInt = 0
+    steps: PositiveInt
+
+
+class ModelSection(Section):
+    """``path`` None: the recipe makes the model (its ``initial_model``)."""
+
+    path: str | None = None
+    revision: str = "main"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+
+class RecipeSection(Section):
+    path: str  # a module name, or a .py file
+
+
+class Data(Section):
+    max_prompt_tokens: PositiveInt = 512  # longer prompts are dropped, and counted
+
+
+class WarmStart(Section):
+    """Supervised steps before the RL starts, on the recipe's ``warm_start`` rows; 0 skips them."""
+
+    steps: NonNegativeInt = 0
+    batch_size: PositiveInt = 256
+    lr: PositiveFloat = 1e-3
+
+
+class Reward(Section):
+    """``shuffle`` hands the rewards of a step to random answers: a control in which nothing can be learnt."""
+
+    shuffle: bool = False
+
+
+class Rollout(Section):
+    prompts_per_step: PositiveInt
+    samples_per_prompt: PositiveInt
+    max_tokens: PositiveInt
+    temperature: PositiveFloat = 1.0
+    kv_cache_gib: PositiveFloat = 1.0
+    page_size: PositiveInt = 32
+    max_num_seqs: PositiveInt = 512
+    max_batch_tokens: PositiveInt = 4096
+    numerics: Literal["exact", "fast"] = "exact"
+
+
+class Train(Section):
+    lr: NonNegativeFloat
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    zero_stage: Literal[0, 1, 2] = 0
+    tokens_per_microbatch: PositiveInt = 8192
+
+
+class Cluster(Section):
+    """``threads`` per worker; ``gpus`` a policy may use; ``timeout_s`` bounds every call to a role."""
+
+    kind: Literal["local", "ray"] = "local"
+    gpus: NonNegativeInt = 0
+    threads: PositiveInt = 2
+    timeout_s: PositiveFloat = 1800
+    start_timeout_s: PositiveFloat = 300
+
+
+class Eval(Section):
+    every: NonNegativeInt = 20  # 0: only before and after
+    prompts: PositiveInt = 256
+    samples: PositiveInt = 1
+    temperature: NonNegativeFloat = 0.0
+
+
+class Checkpoint(Section):
+    every: NonNegativeInt = 0  # 0: only at the end
+    keep_last: PositiveInt = 2
+
+
+class Tracking(Section):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
+    project: str = "onpolicy"
+    samples_per_step: NonNegativeInt = 16
+
+
+class Config(Section):
+    run: Run
+    model: ModelSection = ModelSection()
+    recipe: RecipeSection
+    data: Data = Data()
+    warm_start: WarmStart = WarmStart()
+    reward: Reward = Reward()
+    rollout: Rollout
+    algorithm: dict[str, Any]
+    train: Train
+    cluster: Cluster = Cluster()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    def make_algorithm(self) -> algorithms.Algorithm:
+        """The algorithm with its hyper-parameters. Raises ValueError for an unknown one or a bad value."""
+        try:
+            return algorithms.load(self.algorithm)
+        except ValidationError as error:
+            raise ValueError(
+                _explain(error, type(algorithms.load({"name": self.algorithm["name"]})), "algorithm.")
+            ) from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply ``section.key=value`` overrides.
+
+    Raises ValueError that names the key, what was given, what is allowed and, for an unknown key, the nearest one.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"no config file {str(path)!r}; `rlhf init NAME > {file.name}` writes a packaged one")
+    tree = yaml.safe_load(file.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is not a mapping of sections (run, model, recipe, ...)")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise ValueError(f"override {override!r} is not of the form section.key=value, such as train.lr=2e-6")
+        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a config tree. Raises ValueError, see :func:`load_config`."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error, Config)) from None
+    config.make_algorithm()
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _explain(error: ValidationError, root: Any, prefix: str = "") -> str:
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        key = prefix + ".".join(path)
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = _fields(root, path[:-1])
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0)
+            lines.append(
+                f"unknown key {key!r}; did you mean {'.'.join([*path[:-1], near[0]])!r}? Known: {', '.join(known)}"
+            )
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing and has no default")
+        else:
+            lines.append(f"{key}={problem['input']!r}: {problem['msg']}")
+    return "; ".join(lines)
+
+
+def _fields(root: Any, path: list[str]) -> list[str]:
+    if path:
+        root = root.model_fields[path[0]].annotation
+    return list(root.model_fields if hasattr(root, "model_fields") else root.__dataclass_fields__)

@@ -1,0 +1,132 @@
+"""From a config to a finished run folder: check everything that can be checked, then start what is heavy."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.cluster import Cluster, make_cluster
+from rlhf.config import Config, dump_config
+from rlhf.data import tokenize
+from rlhf.evaluate import Evaluation
+from rlhf.plan import Plan, check
+from rlhf.recipe import Recipe, load_recipe
+from rlhf.run_folder import RunFolder
+from rlhf.tracking import Tracker
+from rlhf.tracking.console import Console
+from rlhf.types import Completion, Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains on, checked."""
+
+    recipe: Recipe
+    checkpoint: Path  # the weights to start from
+    tokenizer: Any
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    folder: Path
+    before: Evaluation
+    after: Evaluation
+
+
+def prepare(config: Config, folder: Path) -> Task:
+    """Load recipe, tokenizer and prompts and check the arithmetic; no weights, except those a recipe makes.
+
+    Raises ValueError with what was given, what is allowed and the way out.
+    """
+    from transformers import AutoConfig
+
+    from rollout_engine.models.checkpoint import load_tokenizer, resolve
+
+    recipe = load_recipe(config.recipe.path)
+    if config.model.path is None:
+        checkpoint = folder / "initial"
+        recipe.initial_model(checkpoint, config.run.seed)
+    else:
+        checkpoint = resolve(config.model.path, config.model.revision)
+    if config.warm_start.steps:
+        recipe.warm_start  # noqa: B018  (raises where the recipe has none)
+    tokenizer = load_tokenizer(checkpoint)
+    prompts, dropped = tokenize(recipe.prompts("train"), tokenizer, config.data.max_prompt_tokens)
+    held_out, _ = tokenize(recipe.prompts("eval"), tokenizer, config.data.max_prompt_tokens)
+    eval_prompts = held_out[: config.eval.prompts]
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *eval_prompts))
+    decoder = check(config, AutoConfig.from_pretrained(checkpoint), tokenizer, longest)
+    plan = Plan(config, decoder, len(prompts), dropped, len(eval_prompts))
+    return Task(recipe, checkpoint, tokenizer, prompts, eval_prompts, plan)
+
+
+def dry_run(config: Config) -> str:
+    """The plan, and the reward on the reference answers of four prompts' columns; starts nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = prepare(config, Path(folder))
+    lines = [str(task.plan)]
+    for prompt in task.prompts[:4]:
+        completion = Completion(prompt.text, "", (), "stop")
+        score = task.recipe.judge(prompt, [completion])[0]
+        lines.append(f"reward of an empty answer to {prompt.text!r}: {score.value if score else None}")
+    return "\n".join(lines)
+
+
+def launch(config: Config) -> Result:
+    """Run a config to its end. The run folder is kept whatever happens."""
+    from rlhf.report import before_and_after, draw_curve
+    from rlhf.train import train
+    from rlhf.warm_start import warm_start
+
+    with tempfile.TemporaryDirectory() as folder:  # bad input leaves no run folder behind
+        prepare(config, Path(folder))
+    run = RunFolder.create(config.run.dir, config.run.name)
+    run.write("config.yaml", dump_config(config))
+    run.write_environment()
+    console = Console(run.path / "train.log")
+    logging.getLogger("rlhf").addHandler(_ConsoleHandler(console))
+    logging.getLogger("rlhf").setLevel(logging.INFO)
+    task = prepare(config, run.path)
+    run.write("plan.txt", str(task.plan))
+    console.line(str(task.plan))
+    console.line(f"run folder  {run.path}")
+    cluster: Cluster | None = None
+    tracker: Tracker | None = None
+    finished = False
+    try:
+        tracker = Tracker(config, run, console)
+        cluster = make_cluster(config.cluster, run.path / "roles")
+        checkpoint = task.checkpoint
+        if config.warm_start.steps:
+            checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
+        algorithm = config.make_algorithm()
+        before, after = train(config, algorithm, cluster, tracker, run, checkpoint, task.prompts, task.eval_prompts)
+        draw_curve(tracker.history, before, run.path / "curve.png")
+        console.line(before_and_after(before, after))
+        gain = f"{before.metrics['eval/accuracy']:.3f} -> {after.metrics['eval/accuracy']:.3f}"
+        console.line(f"held-out accuracy {gain}; curve, samples and checkpoint in {run.path}")
+        finished = True
+    finally:
+        if tracker:
+            tracker.close(failed=not finished)
+        if cluster:
+            cluster.shutdown()
+        console.close()
+    return Result(run.path, before, after)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records of the package go to the console's record."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.line(record.getMessage())

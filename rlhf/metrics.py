@@ -1,0 +1,62 @@
+"""Scalars of a step, by the sections under which W&B groups them."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+
+from rlhf.types import Trajectory
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], step: int, answers_per_step: int) -> dict[str, float]:
+    """Rewards with their parts, and lengths. Answers that were not judged count under ``reward/unjudged``."""
+    scores = [t.score for t in trajectories if t.score is not None]
+    values = [score.value for score in scores]
+    lengths = [len(t.completion.token_ids) for t in trajectories]
+    mean = sum(values) / max(1, len(values))
+    metrics = {
+        "reward/mean": mean,
+        "reward/std": (sum((value - mean) ** 2 for value in values) / max(1, len(values))) ** 0.5,
+        "reward/unjudged": (len(trajectories) - len(scores)) / len(trajectories),
+        "reward/flat_groups": _flat_groups(trajectories),
+        "length/mean": sum(lengths) / len(lengths),
+        "length/max": max(lengths),
+        "length/truncated": sum(t.truncated for t in trajectories) / len(trajectories),
+        "progress/samples": step * answers_per_step,
+    }
+    for part in sorted({name for score in scores for name in score.parts}):
+        values = [score.parts[part] for score in scores if part in score.parts]
+        metrics[f"reward/{part}"] = sum(values) / len(values)
+    return metrics
+
+
+def _flat_groups(trajectories: Sequence[Trajectory]) -> float:
+    """Share of groups whose answers all have the same reward: they teach nothing."""
+    rewards: dict[int, set[float | None]] = {}
+    for t in trajectories:
+        rewards.setdefault(t.group, set()).add(t.score.value if t.score else None)
+    return sum(len(values) == 1 for values in rewards.values()) / len(rewards)
+
+
+def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step with several updates: the mean, but the largest for what is called a maximum.
+
+    The sampler's gap to the trainer is the first update's: after it the weights are no longer the sampler's.
+    """
+    merged = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    return {**merged, **{name: value for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}}
+
+
+def timing(times: dict[str, float], started: float, step: int, steps: int, num_tokens: int) -> dict[str, float]:
+    """Seconds by phase, tokens per second of the step, time left, and this process's memory."""
+    total = sum(times.values())
+    elapsed = time.perf_counter() - started
+    return {
+        **{f"time/{phase}": seconds for phase, seconds in times.items()},
+        "time/step": total,
+        "time/elapsed": elapsed,
+        "time/eta": elapsed / step * (steps - step),
+        "throughput/tokens_per_s": num_tokens / total,
+        "memory/driver_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / (1 << 30),
+    }

@@ -1,0 +1,80 @@
+"""Trajectories become a packed batch; a packed batch goes through the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.types import Batch, Trajectory
+from rollout_engine.models.context import PackedAttention
+
+
+def pack(trajectories: Sequence[Trajectory], *, mask_truncated: bool = False) -> Batch:
+    """Lay trajectories end to end. Those without a score are left out.
+
+    ``mask_truncated`` keeps cut-off answers in their group's baseline but out of the loss.
+    Raises ValueError when nothing was judged.
+    """
+    judged = [t for t in trajectories if t.score is not None]
+    if not judged:
+        raise ValueError(f"the reward judged none of {len(trajectories)} answers (None for each); nothing to train on")
+
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([x for t in judged for x in getattr(t, name)], dtype=dtype)
+
+    lengths = tuple(len(t.token_ids) for t in judged)
+    heat = torch.tensor([t.completion.temperature for t in judged], dtype=torch.float32)
+    kept = torch.tensor([not (mask_truncated and t.truncated) for t in judged])
+    repeats = torch.tensor(lengths)
+    return Batch(
+        tokens=column("token_ids", torch.int64),
+        lengths=lengths,
+        loss_mask=column("loss_mask", torch.bool) & kept.repeat_interleave(repeats),
+        temperature=heat.repeat_interleave(repeats),
+        rollout_logprobs=column("logprobs", torch.float32),
+        groups=torch.tensor([t.group for t in judged]),
+        rewards=torch.tensor([t.score.value for t in judged if t.score is not None], dtype=torch.float32),
+    )
+
+
+def pack_supervised(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+    """(prompt ids, answer ids) pairs as a batch that trains on the answers."""
+    lengths = tuple(len(prompt) + len(answer) for prompt, answer in rows)
+    total = sum(lengths)
+    return Batch(
+        tokens=torch.tensor([token for row in rows for part in row for token in part]),
+        lengths=lengths,
+        loss_mask=torch.tensor([scored for p, a in rows for scored in (*[False] * len(p), *[True] * len(a))]),
+        temperature=torch.ones(total),
+        rollout_logprobs=torch.zeros(total),
+        groups=torch.arange(len(rows)),
+        rewards=torch.zeros(len(rows)),
+    )
+
+
+def forward_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Score the batch's trained tokens with a decoder (or its DeepSpeed engine).
+
+    Returns (index [R] of the scored tokens in the batch, log-probs [R], entropies [R]), on the model's device.
+    """
+    device = next(model.parameters()).device
+    (scored,) = torch.nonzero(batch.loss_mask, as_tuple=True)
+    scored = scored.to(device)
+    tokens = batch.tokens.to(device)
+    ctx = PackedAttention.from_lengths(batch.lengths, device)
+    logprobs, entropy = model(tokens, ctx, scored - 1, tokens[scored], batch.temperature.to(device)[scored])
+    return scored, logprobs, entropy
+
+
+@torch.no_grad()
+def score_tokens(model: nn.Module, batch: Batch, tokens_per_microbatch: int) -> Tensor:
+    """Log-probs [T] fp32 of the batch's trained tokens, 0 elsewhere; on the CPU."""
+    parts = []
+    for micro in batch.microbatches(tokens_per_microbatch):
+        column = torch.zeros(micro.num_tokens)
+        scored, logprobs, _ = forward_logprobs(model, micro)
+        column[scored.cpu()] = logprobs.cpu()
+        parts.append(column)
+    return torch.cat(parts)

@@ -1,0 +1,100 @@
+"""What a run will do, checked and printed before anything heavy starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config import Config
+from rollout_engine.config import EngineConfig
+from rollout_engine.models import family
+from rollout_engine.models.config import DecoderConfig
+
+GIB = 1 << 30
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    decoder: DecoderConfig
+    num_prompts: int
+    num_dropped: int
+    num_eval: int
+
+    def __str__(self) -> str:
+        c, d = self.config, self.decoder
+        size = ELEMENT_BYTES[c.model.dtype]
+        parameters = count_parameters(d)
+        rows = c.rollout.prompts_per_step * c.rollout.samples_per_prompt
+        algorithm = c.make_algorithm()
+        axes = "  ".join(f"{key}={value}" for key, value in sorted(vars(algorithm).items()) if key != "name")
+        roles = ", ".join(["policy (trainer + engine)", "reward function", *algorithm.roles])
+        lines = [
+            f"run         {c.run.name}, seed {c.run.seed}, {c.run.steps} steps of "
+            f"{c.rollout.prompts_per_step} prompts x {c.rollout.samples_per_prompt} samples = {rows} answers",
+            f"data        {self.num_prompts} training prompts ({self.num_dropped} dropped as too long), "
+            f"{self.num_eval} held out",
+            f"model       {parameters / 1e6:.2f} M parameters, {c.model.dtype}, {parameters * size / GIB:.3f} GiB",
+            f"roles       {roles}; cluster {c.cluster.kind}, one rank each, {c.cluster.threads} threads",
+            f"training    DeepSpeed ZeRO {c.train.zero_stage}, AdamW, "
+            f"{parameters * 12 / GIB:.3f} GiB of gradients and moments",
+            "weight swap shared: the engine runs on the trainer's storage, 0 bytes a step",
+            f"kv cache    {c.rollout.kv_cache_gib} GiB = {self.kv_tokens} tokens in pages of {c.rollout.page_size}",
+            f"numerics    {c.rollout.numerics}",
+            f"algorithm   {c.algorithm['name']}: {axes}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def kv_tokens(self) -> int:
+        per_token = self.decoder.kv_bytes_per_token(ELEMENT_BYTES[self.config.model.dtype])
+        return int(self.config.rollout.kv_cache_gib * GIB) // per_token
+
+
+def count_parameters(d: DecoderConfig) -> int:
+    """Parameters of a decoder, norms and biases included."""
+    q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    attention = (q + 2 * kv) * (d.hidden_size + d.attention_bias) + d.hidden_size * (q + d.output_bias)
+    attention += 2 * d.head_dim * d.qk_norm
+    mlp = 3 * d.hidden_size * d.intermediate_size + d.mlp_bias * (2 * d.intermediate_size + d.hidden_size)
+    embedding = d.vocab_size * d.hidden_size * (1 if d.tie_embeddings else 2)
+    return embedding + d.num_layers * (attention + mlp + 2 * d.hidden_size) + d.hidden_size
+
+
+def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -> DecoderConfig:
+    """Refuse what can't work. Raises ValueError with what was given, what is allowed and the way out."""
+    decoder = family(hf_config).decoder_config(hf_config)
+    r = config.rollout
+    updates = config.make_algorithm().updates_per_rollout
+    answers = r.prompts_per_step * r.samples_per_prompt
+    if answers % updates:
+        raise ValueError(
+            f"rollout.prompts_per_step={r.prompts_per_step} x samples_per_prompt={r.samples_per_prompt} = {answers} "
+            f"answers do not divide into algorithm.updates_per_rollout={updates} equal parts; change one of the three"
+        )
+    if r.samples_per_prompt < 2:
+        raise ValueError("rollout.samples_per_prompt=1: a group's baseline needs at least 2 samples")
+    longest = longest_prompt + r.max_tokens
+    if longest > decoder.max_position:
+        raise ValueError(
+            f"the longest prompt ({longest_prompt} tokens) and rollout.max_tokens={r.max_tokens} make {longest}; the "
+            f"model's context is {decoder.max_position}. Lower data.max_prompt_tokens or rollout.max_tokens"
+        )
+    EngineConfig(page_size=r.page_size, kv_cache_gib=r.kv_cache_gib, numerics=r.numerics)
+    held = int(r.kv_cache_gib * GIB) // decoder.kv_bytes_per_token(ELEMENT_BYTES[config.model.dtype])
+    if longest > held // r.page_size * r.page_size:
+        raise ValueError(
+            f"one answer may need {longest} tokens of KV, but rollout.kv_cache_gib={r.kv_cache_gib} holds {held}; "
+            "raise it"
+        )
+    if r.samples_per_prompt > r.max_num_seqs:
+        raise ValueError(
+            f"rollout.samples_per_prompt={r.samples_per_prompt} answers run together, but rollout.max_num_seqs="
+            f"{r.max_num_seqs}; raise it"
+        )
+    if len(tokenizer) > decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {decoder.vocab_size}; they don't belong together"
+        )
+    return decoder

@@ -1,0 +1,110 @@
+"""A recipe is a task: prompts, a reward, and where there is no model to download, how to make one.
+
+A module (by name or as a .py file) with
+
+* ``reward(completion, **columns) -> float | Score | None``, or ``reward(completions, **columns) -> list`` for
+  the whole group at once; further parameters are columns of the prompt rows, matched by name;
+* ``prompts(split)``: rows ``{"prompt": text, **columns}`` for split "train" and "eval";
+* optional ``initial_model(folder, seed)``: write a Hugging Face checkpoint to start from;
+* optional ``warm_start(seed)``: an endless iterable of (prompt, answer) texts to train on before the RL.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlhf.types import Completion, Prompt, Score
+
+
+@dataclass(frozen=True)
+class Recipe:
+    module: ModuleType
+    columns: tuple[str, ...]  # that the reward asks for
+    per_group: bool
+
+    def prompts(self, split: str) -> list[dict[str, Any]]:
+        """Rows of a split. Raises ValueError where a row lacks the prompt or a column that the reward wants."""
+        rows = list(self.module.prompts(split))
+        if not rows:
+            raise ValueError(f"{self.module.__name__}.prompts({split!r}) gave no rows")
+        for i, row in enumerate(rows):
+            missing = [name for name in ("prompt", *self.columns) if name not in row]
+            if missing:
+                has = ", ".join(row)
+                raise ValueError(f"reward() wants {missing[0]!r}; row {i} of split {split!r} has {has}")
+        return rows
+
+    def judge(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score | None]:
+        """Scores of one prompt's answers."""
+        columns = {name: prompt.columns[name] for name in self.columns}
+        if self.per_group:
+            given = list(self.module.reward(list(completions), **columns))
+        else:
+            given = [self.module.reward(completion, **columns) for completion in completions]
+        if len(given) != len(completions):
+            raise ValueError(f"reward() returned {len(given)} scores for {len(completions)} answers")
+        return [_score(value, prompt) for value in given]
+
+    @property
+    def initial_model(self) -> Any:
+        return self._optional("initial_model", "give model.path, or write initial_model(folder, seed)")
+
+    @property
+    def warm_start(self) -> Any:
+        return self._optional("warm_start", "set warm_start.steps=0, or write warm_start(seed)")
+
+    def _optional(self, name: str, way_out: str) -> Any:
+        found = vars(self.module).get(name)
+        if found is None:
+            raise ValueError(f"recipe {self.module.__name__} has no {name}; {way_out}")
+        return found
+
+
+def _score(value: Any, prompt: Prompt) -> Score | None:
+    if value is None:
+        return None
+    score = value if isinstance(value, Score) else None
+    if score is None:
+        try:
+            score = Score(float(value))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"reward() returned {value!r} for prompt {prompt.text!r}; return a number, a Score or None"
+            ) from None
+    if not math.isfinite(score.value):
+        raise ValueError(
+            f"reward() returned {score.value} for prompt {prompt.text!r}; a reward is a finite number, or None"
+        )
+    return score
+
+
+def load_recipe(path: str) -> Recipe:
+    """Import a recipe by module name or .py file. Raises ValueError when it isn't there or has no reward."""
+    if path.endswith(".py"):
+        file = Path(path).resolve()
+        if not file.exists():
+            raise ValueError(f"recipe.path={path!r}: no such file")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"recipe.path={path!r}: {error}; give a module such as recipes.arithmetic, or a .py file"
+            ) from error
+    for name in ("reward", "prompts"):
+        if not callable(vars(module).get(name)):
+            raise ValueError(f"recipe {path!r} has no function {name}()")
+    first, *columns = inspect.signature(module.reward).parameters
+    return Recipe(module, tuple(columns), per_group=first == "completions")

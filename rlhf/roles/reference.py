@@ -1,0 +1,22 @@
+"""The reference: a frozen copy of the starting policy, against which KL is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kernels.device import default_device
+from rlhf.config import ModelSection, Train
+from rlhf.packing import score_tokens
+from rlhf.types import Batch
+from rollout_engine.models.checkpoint import load_model
+
+
+class Reference:
+    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train) -> None:
+        loaded = load_model(checkpoint, dtype=model.dtype, device=default_device())
+        self.decoder = loaded.decoder.requires_grad_(False)
+        self.tokens_per_microbatch = train.tokens_per_microbatch
+
+    def score(self, batch: Batch) -> Batch:
+        """Fill ``ref_logprobs``."""
+        return batch.replace(ref_logprobs=score_tokens(self.decoder, batch, self.tokens_per_microbatch))

@@ -1,0 +1,81 @@
+"""The run folder: everything a run leaves behind, each file written whole or appended by line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "triton", "numpy")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+class RunFolder:
+    """``dir/name/0001``, the next free number; the number is taken by creating the folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> RunFolder:
+        parent = root / name
+        parent.mkdir(parents=True, exist_ok=True)
+        number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0) + 1
+        while True:
+            try:
+                (parent / f"{number:04d}").mkdir()
+                return cls((parent / f"{number:04d}").resolve())
+            except FileExistsError:
+                number += 1
+
+    def write(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text)
+
+    def write_environment(self) -> None:
+        packages = {name: version(name) for name in PACKAGES}
+        facts = {"python": sys.version, "platform": platform.platform(), "cpus": os.cpu_count(), "packages": packages}
+        self.write("environment.json", json.dumps(facts, indent=1))
+
+    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """JSON lines, gzipped where the name ends in .gz."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = self.path / name
+        if path.suffix == ".gz":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tmp = path.with_name(path.name + ".tmp")
+            tmp.write_bytes(gzip.compress(text.encode(), mtime=0))
+            os.replace(tmp, path)
+        else:
+            write_atomic(path, text)
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint at ``step``."""
+        return self.path / "checkpoints" / f"{step:06d}"
+
+    def finish_checkpoint(self, step: int, state: dict[str, Any], keep_last: int) -> None:
+        """The weights are on disk: state, then DONE, then ``latest``. Of the older ones ``keep_last`` stay."""
+        folder = self.checkpoint(step)
+        write_atomic(folder / "state.json", json.dumps(state, indent=1))
+        write_atomic(folder / "DONE", "")
+        link = folder.parent / "latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        os.replace(link, folder.parent / "latest")
+        done = sorted(p for p in folder.parent.iterdir() if p.name.isdigit() and (p / "DONE").exists())
+        for old in done[:-keep_last]:
+            (old / "DONE").unlink()
+            shutil.rmtree(old)

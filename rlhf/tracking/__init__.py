@@ -1,0 +1,86 @@
+"""What a run shows while it goes: a line per step, metrics.jsonl, and W&B. wandb is imported in ``wandb.py`` alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rlhf.config import Config
+from rlhf.evaluate import Evaluation
+from rlhf.run_folder import RunFolder
+from rlhf.tracking.console import Console, step_line
+from rlhf.types import Batch, Trajectory
+
+
+class Tracker:
+    """Fans metrics and samples out. ``history`` keeps every step's metrics for the curve."""
+
+    def __init__(self, config: Config, run: RunFolder, console: Console) -> None:
+        self.config = config
+        self.run = run
+        self.console = console
+        self.history: list[dict[str, Any]] = []
+        self._tokens = 0
+        self._file = (run.path / "metrics.jsonl").open("a", buffering=1)
+        self._wandb = None
+        if config.tracking.wandb != "disabled":
+            from rlhf.tracking.wandb import WandbTracker
+
+            self._wandb = WandbTracker(config, run.path)
+
+    @contextmanager
+    def phase(self, step: int, name: str, times: dict[str, float]) -> Iterator[None]:
+        """Show what is going on, and add its seconds to ``times``."""
+        self.console.phase(step, self.config.run.steps, name)
+        begin = time.perf_counter()
+        yield
+        times[name] = time.perf_counter() - begin
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a step: a line in metrics.jsonl and on the console, and the scalars in W&B."""
+        row = {"step": step, **metrics}
+        self.history.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self.console.line(step_line(row, self.config.run.steps))
+        if self._wandb:
+            self._wandb.log_metrics(row)
+
+    def samples(self, step: int, trajectories: list[Trajectory], batch: Batch) -> None:
+        """Keep a step's answers: all in the run folder, the first few in the W&B table ``samples``."""
+        per_sequence = [float(part[-1]) for part in batch.column("advantages").split(batch.lengths)]
+        left = iter(per_sequence)
+        advantages = [next(left) if t.score is not None else None for t in trajectories]
+        rows = [_row(step, t, advantage) for t, advantage in zip(trajectories, advantages, strict=True)]
+        self.run.write_rows(f"rollouts/{step:06d}.jsonl.gz", rows)
+        if self._wandb and self.config.tracking.samples_per_step:
+            self._wandb.log_samples("samples", rows[: self.config.tracking.samples_per_step])
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Keep a held-out evaluation: all answers in the run folder, the first few in ``eval/samples``."""
+        rows = [_row(evaluation.step, t, None) for t in evaluation.trajectories]
+        self.run.write_rows(f"eval/{evaluation.step:06d}.jsonl", rows)
+        if self._wandb and self.config.tracking.samples_per_step:
+            self._wandb.log_samples("eval/samples", rows[: self.config.tracking.samples_per_step])
+
+    def close(self, failed: bool = False) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.close(failed)
+
+
+def _row(step: int, t: Trajectory, advantage: float | None) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt": t.prompt.text,
+        "answer": t.completion.text,
+        "reward": t.score.value if t.score else None,
+        "parts": t.score.parts if t.score else {},
+        "advantage": advantage,
+        "finish_reason": t.completion.finish_reason,
+        "version": t.completion.weight_versions[-1] if t.completion.weight_versions else None,
+        "logprob": sum(t.completion.logprobs),
+        "token_ids": t.completion.token_ids,
+    }

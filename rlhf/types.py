@@ -1,0 +1,163 @@
+"""The types that flow: Prompt -> Completion -> Trajectory -> Batch -> WeightUpdate. All immutable.
+
+Axes: S sequences, T tokens of all sequences laid end to end (no padding). A per-token column is aligned to
+the token it speaks of: ``logprobs[t]`` scores ``tokens[t]``, given the ones before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importing rlhf must not import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data. ``columns`` are handed to the reward by name."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer, as a reward sees it. Per-token fields have one entry per token of ``token_ids``."""
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" | "length"
+    logprobs: tuple[float, ...] = ()  # full vocabulary at the sampling temperature
+    weight_versions: tuple[int, ...] = ()
+    sample_id: int = 0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward with the parts it is made of, which are logged by name."""
+
+    value: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A judged answer in token form. ``score`` None: not judged, left out of baseline and loss."""
+
+    prompt: Prompt
+    completion: Completion
+    group: int  # samples of one prompt share it
+    score: Score | None
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]  # True on sampled tokens
+    logprobs: tuple[float, ...]  # of the sampler; 0 where loss_mask is False
+
+    @classmethod
+    def from_completion(cls, prompt: Prompt, completion: Completion, group: int, score: Score | None) -> Trajectory:
+        given = len(prompt.token_ids)
+        return cls(
+            prompt,
+            completion,
+            group,
+            score,
+            token_ids=(*prompt.token_ids, *completion.token_ids),
+            loss_mask=(False,) * given + (True,) * len(completion.token_ids),
+            logprobs=(0.0,) * given + completion.logprobs,
+        )
+
+    @property
+    def truncated(self) -> bool:
+        return self.completion.finish_reason == "length"
+
+
+_FILLED_BY = {
+    "old_logprobs": "Policy.score (needed when updates_per_rollout > 1)",
+    "ref_logprobs": "Reference.score (needed when kl_coef > 0)",
+    "advantages": "the algorithm's advantages()",
+    "loss_weights": "the algorithm's minibatches()",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences and their columns. Optional columns are filled on the way; :meth:`column` insists."""
+
+    tokens: Tensor  # [T] int64
+    lengths: tuple[int, ...]  # S
+    loss_mask: Tensor  # [T] bool, True on the tokens that are trained
+    temperature: Tensor  # [T] fp32, at which the token was sampled
+    rollout_logprobs: Tensor  # [T] fp32, from the engine
+    groups: Tensor  # [S] int64
+    rewards: Tensor  # [S] fp32
+    old_logprobs: Tensor | None = None  # [T] fp32
+    ref_logprobs: Tensor | None = None  # [T] fp32
+    advantages: Tensor | None = None  # [T] fp32
+    loss_weights: Tensor | None = None  # [T] fp32, sums of weight * loss are the loss, however the batch is split
+
+    def column(self, name: str) -> Tensor:
+        """A column that must be there. Raises ValueError naming who should have filled it."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the batch has no {name!r}; it is filled by {_FILLED_BY[name]}")
+        return value
+
+    def replace(self, **columns: Tensor) -> Batch:
+        return replace(self, **columns)  # type: ignore[arg-type]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def per_token(self, per_sequence: Tensor) -> Tensor:
+        """[S] -> [T], each value repeated over its sequence."""
+        import torch
+
+        return torch.repeat_interleave(per_sequence, torch.tensor(self.lengths))
+
+    def select(self, sequences: Sequence[int]) -> Batch:
+        """These sequences, in this order, with all their columns."""
+        import torch
+
+        ends = [0]
+        for length in self.lengths:
+            ends.append(ends[-1] + length)
+        index = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in sequences])
+        picked: dict[str, Any] = {"lengths": tuple(self.lengths[s] for s in sequences)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "lengths" and value is not None:
+                picked[f.name] = value[list(sequences)] if f.name in ("groups", "rewards") else value[index]
+        return Batch(**picked)
+
+    def microbatches(self, max_tokens: int) -> Iterator[Batch]:
+        """Runs of whole sequences of at most ``max_tokens`` tokens (or one sequence, if that alone is longer)."""
+        part: list[int] = []
+        tokens = 0
+        for s, length in enumerate(self.lengths):
+            if part and tokens + length > max_tokens:
+                yield self.select(part)
+                part, tokens = [], 0
+            part.append(s)
+            tokens += length
+        yield self.select(part)
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """What a swap did. ``changed`` False: every step since the last one was skipped, nothing moved."""
+
+    version: int
+    changed: bool
+    mode: str  # "shared"
+    seconds: float
+    bytes_moved: int

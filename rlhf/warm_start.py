@@ -1,0 +1,57 @@
+"""Supervised training before the RL, for models too raw to earn a first reward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.algorithms.sft import SFT
+from rlhf.cluster import Cluster
+from rlhf.config import Config
+from rlhf.packing import pack_supervised
+from rlhf.recipe import Recipe
+from rlhf.roles.policy import Policy
+from rlhf.run_folder import RunFolder
+from rlhf.tracking.console import Console
+
+REPORT_EVERY = 25
+
+
+def warm_start(
+    config: Config, recipe: Recipe, tokenizer: Any, checkpoint: Path, cluster: Cluster, run: RunFolder, console: Console
+) -> Path:
+    """Train ``checkpoint`` on the recipe's worked examples; the folder of the resulting checkpoint."""
+    section, sft = config.warm_start, SFT()
+    policy = cluster.spawn(
+        "warm_start",
+        Policy,
+        checkpoint=checkpoint,
+        run_folder=run.path,
+        model=config.model,
+        rollout=config.rollout,
+        train=config.train.model_copy(update={"lr": section.lr, "warmup_steps": 0, "schedule": "linear"}),
+        algorithm=sft,
+        total_updates=section.steps,
+        seed=config.run.seed,
+    )
+    rows = _token_rows(recipe, tokenizer, config.run.seed)
+    for step in range(1, section.steps + 1):
+        console.phase(step, section.steps, "warm start")
+        batch = pack_supervised(list(itertools.islice(rows, section.batch_size)))
+        for minibatch in sft.minibatches(batch, config.rollout.max_tokens):
+            metrics = policy.update(minibatch)
+        if step % REPORT_EVERY == 0 or step == section.steps:
+            console.line(f"warm start {step}/{section.steps}  loss {metrics['policy/loss']:.3f}")
+    folder = run.path / "warm_start"
+    policy.save(folder)
+    cluster.stop(policy)
+    return folder
+
+
+def _token_rows(recipe: Recipe, tokenizer: Any, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and answer ids; the answer ends with the end-of-sequence token."""
+    for prompt, answer in recipe.warm_start(seed):
+        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        yield tokenizer(prompt)["input_ids"], [*answer_ids, tokenizer.eos_token_id]
