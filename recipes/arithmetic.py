@@ -79,5 +79,5 @@ def initial_model(folder: Path, seed: int) -> None:
         pad_token_id=vocabulary["<pad>"],
     )
     decoder = Decoder(qwen3.decoder_config(hf_config), num_tokens=len(vocabulary))
-    decoder.init_weights(seed)
+    decoder.init_weights(seed, std=0.06)  # at a width of 128 the usual 0.02 learns several times slower
     save_model(Model(decoder, hf_config, tokenizer, (vocabulary["<eos>"],)), folder)

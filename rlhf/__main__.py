@@ -32,11 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from rlhf.cluster import RoleDied
+
     try:
         return {"train": _train, "init": _init, "algorithms": _algorithms, "doctor": _doctor}[args.command](args)
     except ValueError as error:
         print(f"rlhf {args.command}: {error}", file=sys.stderr)
         return 2
+    except (RoleDied, TimeoutError) as error:
+        print(f"rlhf {args.command}: {error}", file=sys.stderr)
+        return 1
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ def warm_start(
         run_folder=run.path,
         model=config.model,
         rollout=config.rollout,
-        train=config.train.model_copy(update={"lr": section.lr, "warmup_steps": 0, "schedule": "linear"}),
+        train=config.train.model_copy(update={"lr": section.lr, "warmup_steps": 0, "schedule": "constant"}),
         algorithm=sft,
         total_updates=section.steps,
         seed=config.run.seed,

@@ -123,3 +123,11 @@ class DeepSpeedBackend:
 
         found: dict[str, Any] = {name: safe_get_full_grad(p) for name, p in self.module.named_parameters()}
         return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def prebuild_ops() -> None:
+    """Build what DeepSpeed would build inside the first run: its shared-memory collective, on machines without a GPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    if collective_backend() == "gloo":
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()

@@ -158,8 +158,8 @@ class Decoder(nn.Module):
         return self.head(self.hidden(token_ids, ctx)[rows], targets, temperature)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Normal(0, 0.02) matrices, zero biases, unit norms: the usual start of a model from scratch."""
+    def init_weights(self, seed: int, std: float = 0.02) -> None:
+        """Normal(0, std) matrices, zero biases, unit norms: the usual start of a model from scratch."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                parameter.normal_(0, 0.02, generator=generator)
+                parameter.normal_(0, std, generator=generator)
 
 
 @functools.lru_cache

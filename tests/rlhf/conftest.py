@@ -1,0 +1,75 @@
+"""A tiny checkpoint and a policy factory for the training tests, in this process and on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from rlhf.algorithms.grpo import GRPO
+from rlhf.cluster.worker import set_rendezvous
+from rlhf.config import ModelSection, Rollout, Train
+from rlhf.roles.policy import Policy
+from rollout_engine.models import qwen3
+from rollout_engine.models.checkpoint import Model, save_model
+from rollout_engine.models.decoder import Decoder
+
+
+@pytest.fixture(scope="session")
+def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """qwen3 of odd widths: head_dim * heads != hidden, MLP 100, vocabulary 131, group of 3, tied."""
+    hf_config = Qwen3Config(
+        vocab_size=131,
+        hidden_size=72,
+        intermediate_size=100,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=20,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+        eos_token_id=0,
+    )
+    decoder = Decoder(qwen3.decoder_config(hf_config), 131)
+    decoder.init_weights(0, std=0.1)
+    folder = tmp_path_factory.mktemp("odd") / "hf"
+    save_model(Model(decoder, hf_config, None, (0,)), folder)
+    return folder
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_policy(odd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Policy]:
+    """Builds a Policy without a tokenizer on the odd checkpoint; keyword arguments reach Train and Rollout."""
+    import rlhf.roles.policy as module
+    from rollout_engine.models.checkpoint import load_model
+
+    monkeypatch.setattr(module, "load_model", lambda *a, **k: load_model(*a, **k, tokenizer=False))
+    if not torch.distributed.is_initialized():
+        set_rendezvous()
+
+    def make(*, algorithm: GRPO | None = None, **settings: object) -> Policy:
+        train = {"lr": 1e-3, **{k: settings.pop(k) for k in list(settings) if k in Train.model_fields}}
+        return Policy(
+            checkpoint=odd_checkpoint,
+            run_folder=tmp_path,
+            model=ModelSection(),
+            rollout=Rollout(
+                **{"prompts_per_step": 4, "samples_per_prompt": 4, "max_tokens": 24, "kv_cache_gib": 0.02, **settings}
+            ),
+            train=Train(**train),
+            algorithm=algorithm or GRPO(),
+            total_updates=100,
+            seed=7,
+        )
+
+    return make
