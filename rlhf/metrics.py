@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rlhf.types import Trajectory
 
 
-def rollout_metrics(trajectories: Sequence[Trajectory], step: int, answers_per_step: int) -> dict[str, float]:
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Rewards with their parts, and lengths. Answers that were not judged count under ``reward/unjudged``."""
     scores = [t.score for t in trajectories if t.score is not None]
     values = [score.value for score in scores]
@@ -23,7 +23,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], step: int, answers_per_s
         "length/mean": sum(lengths) / len(lengths),
         "length/max": max(lengths),
         "length/truncated": sum(t.truncated for t in trajectories) / len(trajectories),
-        "progress/samples": step * answers_per_step,
+        "length/answer_tokens": sum(lengths),
     }
     for part in sorted({name for score in scores for name in score.parts}):
         values = [score.parts[part] for score in scores if part in score.parts]

@@ -91,7 +91,7 @@ def train(
         tracker.log(
             step,
             {
-                **rollout_metrics(trajectories, step, answers_per_step),
+                **rollout_metrics(trajectories),
                 **mean_of(updates),
                 **latest.metrics,
                 "policy/version": swap.version,

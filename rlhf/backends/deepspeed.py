@@ -126,7 +126,7 @@ class DeepSpeedBackend:
 
 
 def prebuild_ops() -> None:
-    """Build what DeepSpeed would build inside the first run: its shared-memory collective, on machines without a GPU."""
+    """Build what DeepSpeed would build inside the first run: on a CPU, its shared-memory collective."""
     from deepspeed.accelerator import get_accelerator
 
     if collective_backend() == "gloo":

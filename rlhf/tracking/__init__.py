@@ -23,7 +23,7 @@ class Tracker:
         self.run = run
         self.console = console
         self.history: list[dict[str, Any]] = []
-        self._tokens = 0
+        self.progress = {"samples": 0, "tokens": 0}
         self._file = (run.path / "metrics.jsonl").open("a", buffering=1)
         self._wandb = None
         if config.tracking.wandb != "disabled":
@@ -41,7 +41,9 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step: a line in metrics.jsonl and on the console, and the scalars in W&B."""
-        row = {"step": step, **metrics}
+        self.progress["samples"] += self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
+        self.progress["tokens"] += int(metrics["length/answer_tokens"])
+        row = {"step": step, **metrics, **{f"progress/{axis}": count for axis, count in self.progress.items()}}
         self.history.append(row)
         self._file.write(json.dumps(row) + "\n")
         self.console.line(step_line(row, self.config.run.steps))
