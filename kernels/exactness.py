@@ -37,6 +37,7 @@ def check_exact(
             part = linear(x[-rows:].contiguous(), weight)
             _expect_equal(part, whole[-rows:], f"linear {in_features} -> {out_features}")
         _check_elementwise(x, whole)
+    _check_heads(random, num_heads, head_dim)
     _check_attention(random, num_heads, num_kv_heads, head_dim, device)
 
 
@@ -51,7 +52,8 @@ def _check_elementwise(x: Tensor, wide: Tensor) -> None:
     }
     for name, (op, data, second) in ops.items():
         whole = op(data, second)
-        for rows in (8, 16):  # log-softmax is only ever called on multiples of eight rows
+        # log-softmax only ever sees multiples of eight rows; the others take what comes.
+        for rows in (8, 16) if name == "log_softmax" else ROW_COUNTS[:-1]:
             part = slice(len(data) - rows, len(data))
             _expect_equal(op(data[part].contiguous(), second[part]), whole[part], f"{name} of width {data.shape[1]}")
 
@@ -78,14 +80,26 @@ def _check_attention(
         return torch.cat(parts)
 
     whole = run([0, length], [0, 1, 2])
-    _expect_equal(run([0, 1, 2, 19, 33, 34, 64, 65, length], [5, 1, 3]), whole, "attention in chunks")
+    _expect_equal(run([0, 1, 2, 19, 33, 34, 64, 65, length], [5, 1, 3]), whole, "attention")
+
+
+def _check_heads(random: Callable[..., Tensor], num_heads: int, head_dim: int) -> None:
+    """What happens to a head before attention: its norm and its rotation, for a few tokens and for many."""
+    x, ones = random(ROW_COUNTS[-1], num_heads, head_dim), random(head_dim).abs()
+    cos, sin = random(ROW_COUNTS[-1], head_dim // 2), random(ROW_COUNTS[-1], head_dim // 2)
+    for name, op in (("rms_norm", lambda t, *_: rms_norm(t, ones, 1e-6)), ("rope", rope)):
+        whole = op(x, cos, sin)
+        for rows in ROW_COUNTS[:-1]:
+            alone = op(x[-rows:].contiguous(), cos[-rows:].contiguous(), sin[-rows:].contiguous())
+            _expect_equal(alone, whole[-rows:], f"{name} of heads of {head_dim}")
 
 
 def _expect_equal(part: Tensor, whole: Tensor, what: str) -> None:
     if not torch.equal(part, whole):
         gap = (part - whole).abs().max().item()
+        here = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         raise RuntimeError(
-            f"numerics: exact needs results that do not depend on the batch, but {what} differs by {gap:.1e} between "
-            f"{len(part)} rows alone and in company ({torch.get_num_threads()} threads, torch {torch.__version__}). "
+            f"numerics: exact needs results that do not depend on the batch, but {what} differs by {gap:.1e} when "
+            f"its rows come {len(part)} at a time or otherwise divided ({here}). "
             "Set numerics: fast, or change the number of threads."
         )

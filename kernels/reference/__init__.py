@@ -1,10 +1,12 @@
 """Every op in plain torch: the specification of the Triton kernels, and the CPU path.
 
 All ops are *row-invariant* on CPU in fp32: the bits of a row do not depend on how many other
-rows share the call, on their order, or on the thread count. Three habits buy that:
+rows share the call, nor on their order. (They may depend on the thread count, as torch's matrix
+product divides columns among threads; trainer and engine share a process, and so the count.)
+Three habits buy that:
 
-* matrix products see a multiple of eight rows (:func:`linear`) or a fixed 32-key block
-  (:func:`attend_blocks`);
+* matrix products see a multiple of eight rows of whole 16-byte groups (:func:`linear`) or a fixed
+  32-key block (:func:`attend_blocks`);
 * elementwise code uses only exp, log, cos, sin, rsqrt and + - * /, whose vector body and tail
   agree (``F.silu``, ``sigmoid`` and ``pow`` do not);
 * a reduction runs along the last axis of at least eight rows.

@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_MULTIPLE = 8  # fewer rows than this, or an odd rest, send BLAS down another summation path
+COLUMN_MULTIPLE = 4  # rows that don't start on 16 bytes do so too, where the output is narrow
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` with rows padded to a multiple of eight.
+    """``x @ weight.T + bias`` with rows padded to a multiple of eight, and odd columns to one of four.
 
     x [T, in], weight [out, in], bias [out] -> [T, out]. Row-invariant; differentiable.
     """
-    rows = x.shape[0]
+    rows, columns = x.shape
+    if columns % COLUMN_MULTIPLE:
+        x, weight = (F.pad(t, (0, -columns % COLUMN_MULTIPLE)) for t in (x, weight))
     pad = -rows % ROW_MULTIPLE
     if pad:
         return F.linear(F.pad(x, (0, 0, 0, pad)), weight, bias)[:rows]

@@ -142,26 +142,29 @@ def _read_weights(decoder: Decoder, folder: Path, names: dict[str, tuple[str, ..
     with torch.no_grad():
         for ours, parts in names.items():
             parameter = decoder.get_parameter(ours)
-            shapes = [tuple(readers[part].get_slice(part).get_shape()) for part in parts]
-            rows = sum(shape[0] for shape in shapes)
-            if (rows, *shapes[0][1:]) != tuple(parameter.shape):
-                raise ValueError(f"{parts} have shapes {shapes}, but config.json makes {ours} {tuple(parameter.shape)}")
-            begin = 0
-            for part, shape in zip(parts, shapes, strict=True):
-                parameter[begin : begin + shape[0]].copy_(readers[part].get_tensor(part))
-                begin += shape[0]
+            for part, target in zip(parts, parameter.split(part_rows(decoder, ours)), strict=True):
+                found, wanted = tuple(readers[part].get_slice(part).get_shape()), tuple(target.shape)
+                if found != wanted:
+                    raise ValueError(
+                        f"{part} has shape {found} in the checkpoint, but its config.json makes it {wanted}"
+                    )
+                target.copy_(readers[part].get_tensor(part))
+
+
+def part_rows(decoder: Decoder, ours: str) -> list[int]:
+    """Rows of each checkpoint tensor that our parameter is made of."""
+    config = decoder.config
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    fused = {"qkv_proj": [q, kv, kv], "gate_up_proj": [config.intermediate_size] * 2}
+    return fused.get(ours.split(".")[-2], [decoder.get_parameter(ours).shape[0]])
 
 
 def export_tensors(decoder: Decoder, hf_config: Any) -> dict[str, Tensor]:
     """The decoder's parameters under their checkpoint names, on the CPU."""
-    config = decoder.config
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    rows = {"qkv_proj": [q, kv, kv], "gate_up_proj": [config.intermediate_size] * 2}
     tensors: dict[str, Tensor] = {}
-    for ours, parts in family(hf_config).name_map(config).items():
+    for ours, parts in family(hf_config).name_map(decoder.config).items():
         value = decoder.get_parameter(ours).detach().cpu()
-        split = rows.get(ours.split(".")[-2], [value.shape[0]])
-        for part, piece in zip(parts, value.split(split), strict=True):
+        for part, piece in zip(parts, value.split(part_rows(decoder, ours)), strict=True):
             tensors[part] = piece.clone()
     return tensors
 

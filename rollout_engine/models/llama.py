@@ -14,6 +14,8 @@ def decoder_config(hf: Any) -> DecoderConfig:
 
 def grouped_query_config(hf: Any, *, mlp_bias: bool, qk_norm: bool = False) -> DecoderConfig:
     """The fields that Llama and its descendants name alike, and the switches that tell them apart."""
+    if hf.hidden_act != "silu":
+        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported; the MLP is built for 'silu'")
     return DecoderConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,

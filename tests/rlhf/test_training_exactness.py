@@ -23,8 +23,8 @@ def prompts(count: int = 8) -> list[Prompt]:
     """Prompts of 2 to 60 tokens that share prefixes, one of them twice."""
     rng = random.Random(0)
     stem = [rng.randrange(1, 131) for _ in range(70)]
-    cut = [stem[: rng.randrange(1, 59)] + [rng.randrange(1, 131)] for _ in range(count - 3)]
-    cut += [stem[:40] + [5], stem[:40] + [6], cut[0]]
+    cut = [[*stem[: rng.randrange(1, 59)], rng.randrange(1, 131)] for _ in range(count - 3)]
+    cut += [[*stem[:40], 5], [*stem[:40], 6], cut[0]]
     return [Prompt(i, "", tuple(ids)) for i, ids in enumerate(cut)]
 
 

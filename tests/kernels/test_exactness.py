@@ -1,0 +1,93 @@
+"""The start-up check passes where the ops are row-invariant and names the op that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels.exactness as exactness
+
+SHAPES = {(64, 24), (24, 40), (160, 24), (24, 80), (260, 24), (50257, 16)}
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def check(shapes: set[tuple[int, int]] = SHAPES) -> None:
+    exactness.check_exact(shapes, num_heads=6, num_kv_heads=2, head_dim=20, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_passes_on_this_machine(threads: int, set_threads: Callable[[int], None]) -> None:
+    set_threads(threads)
+    check()
+
+
+def linear_with_company(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) + 1e-6 * len(x)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_refuses_a_linear_that_depends_on_the_batch(
+    threads: int, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_threads(threads)
+    monkeypatch.setattr(exactness, "linear", linear_with_company)
+    with pytest.raises(RuntimeError, match=rf"linear 24 -> 64 differs by .* \({threads} threads.*numerics: fast"):
+        check({(64, 24)})
+
+
+@pytest.mark.parametrize(
+    "attribute, named",
+    [
+        ("linear", "linear 16 -> 32"),
+        ("rms_norm", "rms_norm of width 16"),
+        ("swiglu", "swiglu of width 32"),
+        ("distribution", "log_softmax of width 32"),
+        ("attend_paged", "but attention differs"),
+    ],
+)
+def test_names_the_op_that_depends_on_the_batch(attribute: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = getattr(exactness, attribute)
+
+    def with_company(first: Tensor, *rest: Any) -> Tensor:
+        return sound(first, *rest) * (1 + 1e-5 * len(first))
+
+    monkeypatch.setattr(exactness, attribute, with_company)
+    with pytest.raises(RuntimeError, match=f"but {named} differs"):
+        check({(32, 16)})
+
+
+def test_notices_an_attention_that_reads_the_wrong_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = exactness.plan_tiles
+
+    def wrong(queries: Any, contexts: Any, tables: Any, device: torch.device) -> Any:
+        return sound(queries, contexts, [[0, 1, 2]], device)
+
+    monkeypatch.setattr(exactness, "plan_tiles", wrong)
+    with pytest.raises(RuntimeError, match="but attention differs"):
+        check({(32, 16)})
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_one_bit_in_one_row_is_enough(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = exactness.linear
+
+    def nudged(x: Tensor, weight: Tensor) -> Tensor:
+        out = sound(x, weight)
+        if len(x) == rows:
+            out[-1, 0] = torch.nextafter(out[-1, 0], torch.tensor(torch.inf))
+        return out
+
+    monkeypatch.setattr(exactness, "linear", nudged)
+    with pytest.raises(RuntimeError, match="linear 16 -> 32"):
+        check({(32, 16)})
