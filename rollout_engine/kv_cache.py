@@ -37,6 +37,11 @@ class KVCache:
         for cache in (self.k, self.v):
             cache[:, target] = cache[:, source]
 
+    def clear(self) -> None:
+        """Zero all pages: what a failed forward wrote may not be finite."""
+        self.k.zero_()
+        self.v.zero_()
+
     @property
     def page_size(self) -> int:
         return self.k.shape[3]

@@ -17,7 +17,16 @@ from rollout_engine.models.checkpoint import Model, load_model
 from rollout_engine.progress import Progress
 from rollout_engine.runner import Runner
 from rollout_engine.scheduler import Scheduler
-from rollout_engine.types import CompletionOutput, EngineStats, Group, Logprob, RequestOutput, SamplingParams, Sequence
+from rollout_engine.types import (
+    CompletionOutput,
+    EngineStats,
+    Group,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    fits_int64,
+)
 
 Prompt = str | dict[str, Any] | list[int]
 
@@ -83,6 +92,7 @@ class LLM:
         self._request_ids = itertools.count()
         self._sample_ids = itertools.count()
         self._groups: dict[int, Group] = {}
+        self._unclaimed: list[RequestOutput] = []  # finished while `generate` ran for somebody else
         self._stale: str | None = None
 
     # ------------------------------------------------------------------ requests
@@ -116,13 +126,16 @@ class LLM:
         groups = [self._group(*request) for request in zip(todo, each, names, strict=True)]
         for group in groups:
             self._enqueue(group)
+        wanted = {group.request_id for group in groups}
         outputs: dict[int, RequestOutput] = {}
         with Progress(progress, total=sum(g.params.n for g in groups)) as bar:
             while len(outputs) < len(groups):
                 before = self.counters.sampled
-                finished = self.step()
-                outputs.update({out.request_id: out for out in finished})
-                bar.advance(sum(len(out.outputs) for out in finished), tokens=self.counters.sampled - before)
+                finished = self._advance()
+                mine = [out for out in finished if out.request_id in wanted]
+                self._unclaimed += [out for out in finished if out.request_id not in wanted]
+                outputs.update({out.request_id: out for out in mine})
+                bar.advance(sum(len(out.outputs) for out in mine), tokens=self.counters.sampled - before)
         return [outputs[group.request_id] for group in groups]
 
     def add_request(
@@ -151,6 +164,9 @@ class LLM:
         return self._output(group)
 
     def _enqueue(self, group: Group) -> None:
+        if not group.sample_ids:  # numbered here, so that a refused call leaves later ones their numbers
+            numbers = itertools.count() if group.params.seed is not None else self._sample_ids
+            group.sample_ids = list(itertools.islice(numbers, group.params.n))
         self._groups[group.request_id] = group
         self.scheduler.add(Sequence(group, 0, list(group.prompt_ids)))
 
@@ -177,11 +193,10 @@ class LLM:
             )
         if sample_ids is not None and len(sample_ids) != params.n:
             raise ValueError(f"{len(sample_ids)} sample ids for n={params.n} answers; give one for each answer")
-        if sample_ids is None:
-            numbers = itertools.count() if params.seed is not None else self._sample_ids
-            sample_ids = list(itertools.islice(numbers, params.n))
+        if not all(map(fits_int64, sample_ids or ())):
+            raise ValueError(f"sample_ids={list(sample_ids or ())}: must be integers of 64 bits")
         seed = self.config.seed if params.seed is None else params.seed
-        return Group(next(self._request_ids), text, ids, params, seed, list(sample_ids), max_len)
+        return Group(next(self._request_ids), text, ids, params, seed, list(sample_ids or ()), max_len)
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, dict):
@@ -197,10 +212,14 @@ class LLM:
     # ------------------------------------------------------------------ the loop
 
     def step(self) -> list[RequestOutput]:
-        """Forward one batch; the requests that finished with it.
+        """Forward one batch; the requests that finished with it, or since the last call.
 
         Should the forward fail, all requests in flight are dropped with the cache (pages may be half written).
         """
+        unclaimed, self._unclaimed = self._unclaimed, []
+        return unclaimed + self._advance()
+
+    def _advance(self) -> list[RequestOutput]:
         self._check_fresh()
         if not self.scheduler.has_work:
             return []
@@ -210,6 +229,7 @@ class LLM:
         except BaseException:
             self.scheduler.remove(set(self.scheduler.sequences()))
             self.scheduler.blocks.reset_prefix_cache()
+            self.kv_cache.clear()
             self._groups.clear()
             raise
         self.scheduler.commit(schedule)

@@ -27,7 +27,10 @@ class Runner:
     # no_grad, not inference_mode: the weights may be the trainer's own, and inference tensors can't be trained.
     @torch.no_grad()
     def run(self, step: Schedule) -> SampledTokens | None:
-        """Forward the step's chunks; one sampled token per (chunk, sample) that caught up, in chunk order."""
+        """Forward the step's chunks; one sampled token per (chunk, sample) that caught up, in chunk order.
+
+        Raises FloatingPointError when the logits aren't finite.
+        """
         if step.copies:
             self.kv_cache.copy_pages(step.copies)
         token_ids, ctx = self._inputs(step.chunks)
@@ -90,6 +93,10 @@ class Runner:
                     top_k[part].long() if filtered else None,
                     top_p[part].float() if filtered else None,
                 )
+            )
+        if not all(torch.isfinite(part.logprobs).all() for part in parts):
+            raise FloatingPointError(
+                "the model's logits are not finite; its weights are damaged, or its dtype overflows"
             )
         columns = [torch.cat(column)[: len(rows)] for column in zip(*(vars(p).values() for p in parts), strict=True)]
         return SampledTokens(*columns)

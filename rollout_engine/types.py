@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def fits_int64(value: object) -> bool:
+    """An integer that the counter-based noise can be keyed with."""
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample one prompt's answers.
 
     Args:
         n: answers per prompt; the prompt is prefilled once for all of them.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; else at least 1e-4, below which fp32 can't tell it from greedy.
         top_k: keep the k likeliest tokens, 0 keeps all. top_p: keep the smallest set with this mass.
         seed: makes the answers depend on (seed, index, position) alone; None draws from the engine's seed
             and a running sample number.
@@ -38,10 +43,11 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, ok, allowed in (
             ("n", self.n >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", self.temperature == 0 or self.temperature >= 1e-4, "0 (greedy) or at least 1e-4"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]; for greedy decoding use temperature=0"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("seed", self.seed is None or fits_int64(self.seed), "None or an integer of 64 bits"),
             ("logprobs", self.logprobs in (None, 0, 1), "None, 0 or 1 (the sampled token's)"),
         ):
             if not ok:
@@ -122,7 +128,7 @@ class Group:
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
-    sample_ids: list[int]
+    sample_ids: list[int]  # n, or none until the request is queued
     max_len: int  # prompt and answer
     forked: bool = False
     num_cached: int = 0
