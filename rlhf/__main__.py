@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
+
+# Before torch loads OpenMP, and inherited by Ray's workers: threads that spin while they wait make a step ten times
+# slower as soon as anything else wants the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NOT_BUILT = ("sft", "reward-model", "dpo", "eval", "export", "plan", "report")
 
