@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in NOT_BUILT:
         print(f"rlhf {args.command}: not built yet; see the README for what is", file=sys.stderr)
         return 2
+    if args.command == "train":  # argparse leaves what follows a flag
+        args.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from rlhf.cluster import RoleDied

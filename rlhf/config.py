@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,9 +146,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ValueError that names the key, what was given, what is allowed and, for an unknown key, the nearest one.
     """
     file = Path(path)
-    if not file.exists():
+    if not file.is_file():
         raise ValueError(f"no config file {str(path)!r}; `rlhf init NAME > {file.name}` writes a packaged one")
-    tree = yaml.safe_load(file.read_text())
+    tree = _yaml(file.read_text(), str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is not a mapping of sections (run, model, recipe, ...)")
     for override in overrides:
@@ -155,8 +156,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         section, dot, name = key.partition(".")
         if not (equals and dot and name):
             raise ValueError(f"override {override!r} is not of the form section.key=value, such as train.lr=2e-6")
-        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+        tree[section] = {**(tree.get(section) or {}), name: _yaml(value, f"override {override!r}")}
     return parse_config(tree)
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -165,8 +173,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain(error, Config)) from None
-    config.make_algorithm()
-    return config
+    return config.model_copy(update={"algorithm": asdict(config.make_algorithm())})  # type: ignore[call-overload]
 
 
 def dump_config(config: Config) -> str:
@@ -182,9 +189,8 @@ def _explain(error: ValidationError, root: Any, prefix: str = "") -> str:
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             known = _fields(root, path[:-1])
             near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0)
-            lines.append(
-                f"unknown key {key!r}; did you mean {'.'.join([*path[:-1], near[0]])!r}? Known: {', '.join(known)}"
-            )
+            meant = prefix + ".".join([*path[:-1], *near])
+            lines.append(f"unknown key {key!r}; did you mean {meant!r}? Known: {', '.join(known)}")
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing and has no default")
         else:

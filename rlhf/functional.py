@@ -10,16 +10,17 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, normalize_std: bool, ep
     """Reward minus the mean of its group, over the group's standard deviation (GRPO, Shao et al. 2024, eq. 3).
 
     rewards [S], groups [S] int64 ids -> [S]. The deviation is the sample one (n - 1). A group of one, or
-    with equal rewards, gets 0.
+    with equal rewards, gets exactly 0: the mean is taken in float64, or its rounding would be divided by eps.
     """
+    given, rewards = rewards.dtype, rewards.double()
     _, index = torch.unique(groups, return_inverse=True)
     count = torch.bincount(index).to(rewards.dtype)
     mean = torch.zeros_like(count).index_add_(0, index, rewards) / count
     centred = rewards - mean[index]
     if not normalize_std:
-        return centred
+        return centred.to(given)
     variance = torch.zeros_like(count).index_add_(0, index, centred * centred) / (count - 1).clamp(min=1)
-    return centred / (torch.sqrt(variance[index]) + eps)
+    return (centred / (torch.sqrt(variance[index]) + eps)).to(given)
 
 
 def clipped_surrogate(
@@ -27,7 +28,7 @@ def clipped_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped objective as a loss (Schulman et al. 2017, eq. 7), with DAPO's separate bounds.
 
-    All [R]. Returns (loss [R], clipped [R] bool: the clip took the gradient away).
+    All [R]; the log-ratio is held within 20. Returns (loss [R], clipped [R] bool: the clip took the gradient away).
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(-20, 20))
     free = ratio * advantages
@@ -38,10 +39,10 @@ def clipped_surrogate(
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(policy || reference) from the policy's samples: r - 1 - log r, r = ref / policy.
 
-    [R]; never negative, unbiased, low variance (joschu.net/blog/kl-approx.html).
+    [R]; never negative, unbiased, low variance (joschu.net/blog/kl-approx.html). The log-ratio is held within 20.
     """
     log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
-    return torch.exp(log_ratio) - 1 - log_ratio
+    return torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 would cancel where the policies are close
 
 
 def token_weights(loss_mask: Tensor, lengths: tuple[int, ...], aggregation: str, max_tokens: int) -> Tensor:

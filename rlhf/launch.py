@@ -67,7 +67,7 @@ def prepare(config: Config, folder: Path) -> Task:
 
 
 def dry_run(config: Config) -> str:
-    """The plan, and the reward on the reference answers of four prompts' columns; starts nothing."""
+    """The plan, and the reward of an empty answer to four prompts; starts nothing."""
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
     lines = [str(task.plan)]

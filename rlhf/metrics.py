@@ -40,7 +40,7 @@ def _flat_groups(trajectories: Sequence[Trajectory]) -> float:
 
 
 def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step with several updates: the mean, but the largest for what is called a maximum.
+    """Metrics of a step with several updates: their means.
 
     The sampler's gap to the trainer is the first update's: after it the weights are no longer the sampler's.
     """

@@ -82,8 +82,9 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
             f"model's context is {decoder.max_position}. Lower data.max_prompt_tokens or rollout.max_tokens"
         )
     EngineConfig(page_size=r.page_size, kv_cache_gib=r.kv_cache_gib, numerics=r.numerics)
-    held = int(r.kv_cache_gib * GIB) // decoder.kv_bytes_per_token(ELEMENT_BYTES[config.model.dtype])
-    if longest > held // r.page_size * r.page_size:
+    page_bytes = r.page_size * decoder.kv_bytes_per_token(ELEMENT_BYTES[config.model.dtype])
+    held = int(r.kv_cache_gib * GIB) // page_bytes * r.page_size
+    if longest > held:
         raise ValueError(
             f"one answer may need {longest} tokens of KV, but rollout.kv_cache_gib={r.kv_cache_gib} holds {held}; "
             "raise it"

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,16 @@ class Recipe:
 
     def judge(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score | None]:
         """Scores of one prompt's answers."""
-        columns = {name: prompt.columns[name] for name in self.columns}
+        row = {"prompt": prompt.text, **prompt.columns}
+        columns = {name: row[name] for name in self.columns}
         if self.per_group:
-            given = list(self.module.reward(list(completions), **columns))
+            given = self.module.reward(list(completions), **columns)
         else:
             given = [self.module.reward(completion, **columns) for completion in completions]
-        if len(given) != len(completions):
-            raise ValueError(f"reward() returned {len(given)} scores for {len(completions)} answers")
+        if not isinstance(given, (list, tuple)) or len(given) != len(completions):
+            raise ValueError(
+                f"reward() gave {given!r}; it must return a list of {len(completions)} scores, one an answer"
+            )
         return [_score(value, prompt) for value in given]
 
     @property
@@ -95,6 +99,7 @@ def load_recipe(path: str) -> Recipe:
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
     else:
         try:
@@ -106,5 +111,8 @@ def load_recipe(path: str) -> Recipe:
     for name in ("reward", "prompts"):
         if not callable(vars(module).get(name)):
             raise ValueError(f"recipe {path!r} has no function {name}()")
-    first, *columns = inspect.signature(module.reward).parameters
-    return Recipe(module, tuple(columns), per_group=first == "completions")
+    parameters = list(inspect.signature(module.reward).parameters.values())
+    if not parameters:
+        raise ValueError(f"recipe {path!r}: reward() takes no parameter; its first one is the completion")
+    required = tuple(p.name for p in parameters[1:] if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
+    return Recipe(module, required, per_group=parameters[0].name == "completions")

@@ -67,7 +67,7 @@ class RunFolder:
         return self.path / "checkpoints" / f"{step:06d}"
 
     def finish_checkpoint(self, step: int, state: dict[str, Any], keep_last: int) -> None:
-        """The weights are on disk: state, then DONE, then ``latest``. Of the older ones ``keep_last`` stay."""
+        """The weights are on disk: state, then DONE, then ``latest``. The last ``keep_last`` stay."""
         folder = self.checkpoint(step)
         write_atomic(folder / "state.json", json.dumps(state, indent=1))
         write_atomic(folder / "DONE", "")

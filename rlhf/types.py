@@ -60,6 +60,8 @@ class Trajectory:
 
     @classmethod
     def from_completion(cls, prompt: Prompt, completion: Completion, group: int, score: Score | None) -> Trajectory:
+        if len(completion.logprobs) != len(completion.token_ids):
+            raise ValueError(f"{len(completion.logprobs)} log-probs for {len(completion.token_ids)} tokens; one each")
         given = len(prompt.token_ids)
         return cls(
             prompt,

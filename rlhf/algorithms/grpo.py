@@ -48,7 +48,10 @@ class GRPO:
     def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
         """Sequence i goes to step i mod ``updates_per_rollout``, so that every step sees every group."""
         for first in range(self.updates_per_rollout):
-            part = batch.select(range(first, batch.num_sequences, self.updates_per_rollout))
+            sequences = range(first, batch.num_sequences, self.updates_per_rollout)
+            if not sequences:  # fewer answers were judged than there are steps
+                return
+            part = batch.select(sequences)
             weights = token_weights(part.loss_mask, part.lengths, self.aggregation, max_tokens)
             yield part.replace(loss_weights=weights)
 

@@ -1,0 +1,284 @@
+"""The run folder's files and checkpoints, the line of a step, the learning rate, and a light import."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.metrics import mean_of, rollout_metrics
+from rlhf.run_folder import RunFolder, write_atomic
+from rlhf.schedule import learning_rate
+from rlhf.tracking.console import clock, step_line
+from rlhf.types import Completion, Prompt, Score, Trajectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path, "task")
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+# ---------------------------------------------------------------- folders and files
+
+
+def test_runs_are_numbered_and_never_reused(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "yet"
+    made = [RunFolder.create(root, "task").path for _ in range(3)]
+    assert made == [(root / "task" / name).resolve() for name in ("0001", "0002", "0003")]
+    shutil.rmtree(made[1])
+    assert RunFolder.create(root, "task").path.name == "0004"
+    (root / "task" / "0041").mkdir()
+    (root / "task" / "notes").mkdir()
+    assert RunFolder.create(root, "task").path.name == "0042"
+    assert RunFolder.create(root, "other").path == (root / "other" / "0001").resolve()
+
+
+def test_a_number_taken_meanwhile_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("0001", "0002"):
+        (tmp_path / "task" / name).mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda self: iter(()))  # listed before the other run took its number
+        assert RunFolder.create(tmp_path, "task").path.name == "0003"
+
+
+def test_a_write_replaces_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_atomic(path, "long old text")
+    write_atomic(path, "new")
+    assert path.read_text() == "new" and tree(tmp_path) == {"deep", "deep/file.txt"}
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "half \ud800 way")  # fails while writing
+    assert path.read_text() == "old"
+
+    def crash(*_: object) -> None:
+        raise OSError("disk gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(OSError, match="disk gone"):
+            write_atomic(path, "new")
+    assert path.read_text() == "old"
+    write_atomic(path, "new")  # and what was left behind is in nobody's way
+    assert path.read_text() == "new"
+
+
+def test_rows_are_json_lines_gzipped_by_name(run: RunFolder) -> None:
+    rows = [{"step": 1, "text": "é\n✓"}, {"step": 2, "text": ""}]
+    run.write_rows("samples/a.jsonl", iter(rows))
+    run.write_rows("samples/a.jsonl.gz", iter(rows))
+    plain = (run.path / "samples/a.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in plain.splitlines()] == rows
+    assert gzip.decompress((run.path / "samples/a.jsonl.gz").read_bytes()).decode() == plain
+    assert tree(run.path / "samples") == {"a.jsonl", "a.jsonl.gz"}
+
+
+def test_the_environment_is_recorded(run: RunFolder) -> None:
+    run.write_environment()
+    facts = json.loads((run.path / "environment.json").read_text())
+    assert facts["python"] == sys.version
+    assert facts["packages"]["torch"] == version("torch") and "deepspeed" in facts["packages"]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save(run: RunFolder, step: int) -> None:
+    """The weights of a checkpoint, as the policy writes them."""
+    folder = run.checkpoint(step) / "hf"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text(str(step))
+
+
+def checkpoints(run: RunFolder) -> list[str]:
+    return sorted(p.name for p in (run.path / "checkpoints").iterdir() if p.is_dir() and not p.is_symlink())
+
+
+def test_checkpoints_finish_and_the_last_ones_stay(run: RunFolder) -> None:
+    for step in (5, 10, 15, 20):
+        save(run, step)
+        run.finish_checkpoint(step, {"step": step, "eval/accuracy": 0.5}, keep_last=2)
+        assert os.readlink(run.path / "checkpoints" / "latest") == f"{step:06d}"
+    assert checkpoints(run) == ["000015", "000020"]
+    latest = run.path / "checkpoints" / "latest"
+    assert (latest / "hf" / "model.safetensors").read_text() == "20"
+    assert json.loads((latest / "state.json").read_text()) == {"step": 20, "eval/accuracy": 0.5}
+    assert (latest / "DONE").exists()
+
+
+def test_an_unfinished_checkpoint_is_neither_counted_nor_removed(run: RunFolder) -> None:
+    save(run, 1)  # died before it was finished
+    for step in (2, 3, 4):
+        save(run, step)
+        run.finish_checkpoint(step, {}, keep_last=2)
+    assert checkpoints(run) == ["000001", "000003", "000004"]
+    run.path.joinpath("checkpoints", "latest").resolve(strict=True)
+
+
+@pytest.mark.parametrize(
+    ("survives", "state", "done", "latest"),
+    [(0, False, False, "000001"), (1, True, False, "000001"), (2, True, True, "000001"), (3, True, True, "000002")],
+)
+def test_a_crash_leaves_a_checkpoint_whole_or_not_done(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, survives: int, state: bool, done: bool, latest: str
+) -> None:
+    """State first, then DONE, then the link, then the old ones go; each appears by a rename, which we let fail."""
+    save(run, 1)
+    run.finish_checkpoint(1, {}, keep_last=1)
+    save(run, 2)
+    replace, rmtree, renames = os.replace, shutil.rmtree, []
+
+    def limited(*paths: Any) -> None:
+        if len(renames) == survives:
+            raise OSError("crash")
+        renames.append(paths)
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", limited)
+        patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(OSError("crash")))
+        with pytest.raises(OSError, match="crash"):
+            run.finish_checkpoint(2, {"step": 2}, keep_last=1)
+    assert shutil.rmtree is rmtree and len(renames) == survives
+    new, old = run.checkpoint(2), run.checkpoint(1)
+    assert ((new / "state.json").exists(), (new / "DONE").exists()) == (state, done)
+    assert os.readlink(run.path / "checkpoints" / "latest") == latest
+    assert (run.path / "checkpoints" / "latest" / "DONE").exists()
+    assert (old / "DONE").exists() == (survives < 3)  # what is half removed is not DONE
+    run.finish_checkpoint(2, {"step": 2}, keep_last=1)  # nothing that was left is in the way
+    assert (new / "DONE").exists() and os.readlink(run.path / "checkpoints" / "latest") == "000002"
+
+
+# ---------------------------------------------------------------- the line of a step
+
+ROW = {
+    "step": 30,
+    "reward/mean": 0.4812,
+    "length/mean": 3.62,
+    "length/truncated": 0.0449,
+    "policy/entropy": 1.2345,
+    "policy/clip_fraction": 0.0123,
+    "rollout/logprob_gap_max": 0.0,
+    "time/generate": 0.449,
+    "time/reward": 0.01,
+    "time/train": 1.26,
+    "time/swap": 0.0004,
+    "time/step": 1.7194,
+    "throughput/tokens_per_s": 2749.6,
+    "time/eta": 312.9,
+}
+LINE = (
+    "step 30/200  reward .481  | len 4 cut 4% |  ent 1.23 clip 1.2%  gap .0"
+    "  | gen 0.4 reward 0.0 train 1.3 swap 0.0 = 1.7 s  | 2.7k tok/s | ETA 5:12"
+)
+
+
+def test_the_line_of_a_step() -> None:
+    assert step_line(ROW, 200) == LINE
+
+
+def test_the_line_of_a_step_with_evaluation_and_kl() -> None:
+    row = {**ROW, "eval/accuracy": 0.75, "eval/step": 25, "policy/kl": 0.00081, "reward/mean": -0.5}
+    row |= {"rollout/logprob_gap_max": 12.34, "throughput/tokens_per_s": 87.4, "time/eta": 3912.0}
+    assert step_line(row, 200) == (
+        "step 30/200  reward -.5  eval .75@25  | len 4 cut 4% |  kl 8e-4  ent 1.23 clip 1.2%  gap 12.3"
+        "  | gen 0.4 reward 0.0 train 1.3 swap 0.0 = 1.7 s  | 87 tok/s | ETA 1:05:12"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.9, "0:59"), (60, "1:00"), (312, "5:12"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def answer(group: int, score: Score | None, length: int, reason: str = "stop") -> Trajectory:
+    completion = Completion("p", "a", (7,) * length, reason, (-1.0,) * length)
+    return Trajectory.from_completion(Prompt(group, "p", (1, 2, 3)), completion, group, score)
+
+
+def test_rollout_metrics_by_hand() -> None:
+    made = [
+        answer(0, Score(1.0, {"form": 1.0}), 2),
+        answer(0, Score(0.0, {"form": 0.0, "rare": 5.0}), 4),
+        answer(1, Score(0.5), 5, "length"),
+        answer(1, None, 1),
+        answer(1, Score(0.0), 3),
+        answer(2, Score(0.25), 2),
+        answer(2, Score(0.25), 4),
+    ]
+    metrics = rollout_metrics(made)
+    assert metrics["reward/mean"] == pytest.approx(2 / 6)
+    squares = [x * x for x in (4 / 6, -2 / 6, 1 / 6, -2 / 6, -0.5 / 6, -0.5 / 6)]
+    assert metrics["reward/std"] == pytest.approx(math.sqrt(sum(squares) / 6))
+    assert metrics["reward/unjudged"] == metrics["length/truncated"] == pytest.approx(1 / 7)
+    assert metrics["reward/flat_groups"] == pytest.approx(1 / 3)
+    assert (metrics["length/mean"], metrics["length/max"]) == (3.0, 5)
+    assert (metrics["reward/form"], metrics["reward/rare"]) == (0.5, 5.0)
+
+
+def test_several_updates_merge_into_one_row() -> None:
+    first = {"policy/loss": 1.0, "rollout/logprob_gap_max": 0.0, "rollout/logprob_gap_mean": 0.0}
+    second = {"policy/loss": 3.0, "rollout/logprob_gap_max": 0.5, "rollout/logprob_gap_mean": 0.1}
+    merged = mean_of([first, second])
+    assert merged == {"policy/loss": 2.0, "rollout/logprob_gap_max": 0.0, "rollout/logprob_gap_mean": 0.0}
+
+
+# ---------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        # 2 steps of warm-up to 8, then 4 steps
+        ("constant", [4.0, 8.0, 8.0, 8.0, 8.0, 8.0]),
+        ("linear", [4.0, 8.0, 8.0, 6.0, 4.0, 2.0]),
+        ("cosine", [4.0, 8.0, 8.0, 4 + 4 / math.sqrt(2), 4.0, 4 - 4 / math.sqrt(2)]),
+    ],
+)
+def test_learning_rates_by_hand(schedule: str, rates: list[float]) -> None:
+    assert [learning_rate(step, 6, 8.0, 2, schedule) for step in range(6)] == pytest.approx(rates, rel=1e-12)
+
+
+def test_learning_rate_edges() -> None:
+    assert [learning_rate(step, 3, 3.0, 0, "linear") for step in range(3)] == pytest.approx([3.0, 2.0, 1.0])
+    assert learning_rate(0, 1, 0.1, 0, "cosine") == 0.1
+    assert [learning_rate(step, 3, 6.0, 6, "linear") for step in range(3)] == pytest.approx([1.0, 2.0, 3.0])
+    assert learning_rate(3, 3, 6.0, 3, "constant") == 6.0
+
+
+# ---------------------------------------------------------------- importing the package
+
+
+def test_importing_rlhf_is_light() -> None:
+    code = (
+        "import sys, time; import rlhf; from rlhf import Completion, Score\n"
+        "assert 'torch' not in sys.modules, 'importing rlhf imports torch'\n"
+        "print(time.process_time())"  # of the process, the interpreter's start included
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1
