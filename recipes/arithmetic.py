@@ -1,7 +1,9 @@
 """Two-digit addition on a model of a million parameters, made on the spot: the quickstart, and a tutorial.
 
-The model first sees a few thousand worked sums (warm start), then learns the rest by itself from a reward
-that checks the answer. No sum of the held-out split is ever trained on, in either order of its operands.
+Operands have two digits and the answer three, ones first: ``58+72=031`` says 130. Each digit then depends on
+two digits of the question and a carry, which so small a model can learn. It first sees some thousand worked
+sums (warm start), then learns the rest by itself from a reward that checks the answer. No sum of the held-out
+split is ever trained on, in either order of its operands.
 """
 
 from __future__ import annotations
@@ -31,15 +33,23 @@ def _problems(split: str) -> list[tuple[int, int]]:
     return random.Random(1).sample(chosen, len(chosen))
 
 
+def _question(a: int, b: int) -> str:
+    return f"{a:02d}+{b:02d}="
+
+
+def _answer(a: int, b: int) -> str:
+    return f"{a + b:03d}"[::-1]
+
+
 def prompts(split: str) -> Iterator[dict[str, Any]]:
     """Rows with the sum as a column for the reward. split: "train" or "eval"."""
     for a, b in _problems(split):
-        yield {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+        yield {"prompt": _question(a, b), "answer": _answer(a, b)}
 
 
 def reward(completion: Completion, answer: str) -> float:
-    """1 for the right number, followed by the end of the answer."""
-    return float(completion.text.strip() == answer and completion.finish_reason == "stop")
+    """1 for the right digits, followed by the end of the answer."""
+    return float(completion.text == answer and completion.finish_reason == "stop")
 
 
 def warm_start(seed: int) -> Iterator[tuple[str, str]]:
@@ -48,7 +58,7 @@ def warm_start(seed: int) -> Iterator[tuple[str, str]]:
     rng = random.Random(seed)
     while True:
         a, b = rng.choice(problems)
-        yield f"{a}+{b}=", str(a + b)
+        yield _question(a, b), _answer(a, b)
 
 
 def initial_model(folder: Path, seed: int) -> None:
@@ -74,6 +84,7 @@ def initial_model(folder: Path, seed: int) -> None:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # positions 0 .. 12 differ in every frequency
         tie_word_embeddings=True,
         eos_token_id=vocabulary["<eos>"],
         pad_token_id=vocabulary["<pad>"],

@@ -55,7 +55,10 @@ def test_the_run_folder_is_whole(run: Path) -> None:
     with gzip.open(run / "rollouts" / "000003.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 512 and {row["version"] for row in rows} == {2}
-    assert all((row["reward"] == 1.0) == (row["answer"] == str(eval(row["prompt"][:-1]))) for row in rows)
+    for row in rows:
+        a, b = row["prompt"].removesuffix("=").split("+")
+        said = row["answer"][::-1]  # ones first
+        assert (row["reward"] == 1.0) == (len(said) == 3 and said.isdigit() and int(said) == int(a) + int(b))
     assert len((run / "eval" / "000040.jsonl").read_text().splitlines()) == EVAL_PROMPTS
     log = (run / "train.log").read_text()
     assert "before" in log and "held-out accuracy" in log

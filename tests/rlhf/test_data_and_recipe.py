@@ -251,6 +251,12 @@ def operands(prompt: str) -> tuple[int, int]:
     return int(a), int(b)
 
 
+def right(prompt: str, answer: str) -> bool:
+    """Three digits, ones first."""
+    ones, tens, hundreds = answer
+    return int(ones) + 10 * int(tens) + 100 * int(hundreds) == sum(operands(prompt))
+
+
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict[str, Any]]]:
     return {split: list(load_recipe("recipes.arithmetic").prompts(split)) for split in ("train", "eval")}
@@ -271,13 +277,13 @@ def test_splits_cover_all_sums_and_share_no_pair(
     assert sorted(everything) == list(itertools.product(range(100), repeat=2))
     assert len(held_out) == 500
     for row in itertools.chain(*rows.values()):
-        assert row["answer"] == str(sum(operands(row["prompt"])))
+        assert right(row["prompt"], row["answer"])
 
 
 def test_the_warm_start_sees_no_held_out_pair(held_out: set[frozenset[int]]) -> None:
     seen = list(itertools.islice(arithmetic.warm_start(3), 5000))
     assert not {frozenset(operands(prompt)) for prompt, _ in seen} & held_out
-    assert all(answer == str(sum(operands(prompt))) for prompt, answer in seen)
+    assert all(right(prompt, answer) for prompt, answer in seen)
     assert len(set(seen)) > 3000
     assert list(itertools.islice(arithmetic.warm_start(3), 50)) == seen[:50]
     assert list(itertools.islice(arithmetic.warm_start(4), 50)) != seen[:50]
@@ -285,22 +291,21 @@ def test_the_warm_start_sees_no_held_out_pair(held_out: set[frozenset[int]]) -> 
 
 def test_a_leak_would_be_seen(held_out: set[frozenset[int]]) -> None:
     a, b = max(held_out, key=len)
-    assert {frozenset(operands(prompt)) for prompt in (f"{a}+{b}=", f"{b}+{a}=")} <= held_out
+    assert {frozenset(operands(prompt)) for prompt in (f"{a:02d}+{b:02d}=", f"{b:02d}+{a:02d}=")} <= held_out
 
 
 @pytest.mark.parametrize(
     ("text", "reason", "reward"),
     [
-        ("42", "stop", 1.0),
-        (" 42", "stop", 1.0),
-        ("42", "length", 0.0),  # right, but it didn't stop
-        *((text, "stop", 0.0) for text in ("", "4", "43", "420", "042", "42=", "40+2", "24")),
+        ("240", "stop", 1.0),
+        ("240", "length", 0.0),  # right, but it didn't stop
+        *((text, "stop", 0.0) for text in ("", "4", "42", "042", "24", "2400", "240=", " 240", "40+2")),
     ],
 )
 def test_the_reward_is_one_for_the_finished_right_answer(text: str, reason: str, reward: float) -> None:
     recipe: Recipe = load_recipe("recipes.arithmetic")
-    prompt = Prompt(0, "40+2=", (1,), {"answer": "42"})
-    assert recipe.judge(prompt, [Completion("40+2=", text, (1,), reason, (-1.0,))]) == [Score(reward)]
+    prompt = Prompt(0, "40+02=", (1,), {"answer": "240"})
+    assert recipe.judge(prompt, [Completion("40+02=", text, (1,), reason, (-1.0,))]) == [Score(reward)]
 
 
 @pytest.fixture(scope="module")
