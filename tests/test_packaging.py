@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_wheel_holds_configs_types_and_commands(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a build leaves its own folders beside the sources
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__"))
     subprocess.run(
         [
             sys.executable,
@@ -23,7 +26,7 @@ def test_the_wheel_holds_configs_types_and_commands(tmp_path: Path) -> None:
             "--no-build-isolation",
             "-w",
             str(tmp_path),
-            str(ROOT),
+            str(source),
         ],
         check=True,
         timeout=300,
