@@ -51,9 +51,11 @@ class Data(Section):
 
 
 class WarmStart(Section):
-    """Supervised steps before the RL starts, on the recipe's ``warm_start`` rows; 0 skips them."""
+    """Supervised steps before the RL starts, on the recipe's ``warm_start`` rows; 0 skips them. They end early
+    once the mean loss of the last eight is at most ``until_loss``."""
 
     steps: NonNegativeInt = 0
+    until_loss: NonNegativeFloat = 0.0
     batch_size: PositiveInt = 256
     lr: PositiveFloat = 1e-3
 

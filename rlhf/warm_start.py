@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf.run_folder import RunFolder
 from rlhf.tracking.console import Console
 
 REPORT_EVERY = 25
+AVERAGED = 8  # steps whose mean loss is reported, and compared with warm_start.until_loss
 
 
 def warm_start(
@@ -37,13 +39,19 @@ def warm_start(
         seed=config.run.seed,
     )
     rows = _token_rows(recipe, tokenizer, config.run.seed)
+    recent: deque[float] = deque(maxlen=AVERAGED)
     for step in range(1, section.steps + 1):
         console.phase(step, section.steps, "warm start")
         batch = pack_supervised(list(itertools.islice(rows, section.batch_size)))
         for minibatch in sft.minibatches(batch, config.rollout.max_tokens):
             metrics = policy.update(minibatch)
-        if step % REPORT_EVERY == 0 or step == section.steps:
-            console.line(f"warm start {step}/{section.steps}  loss {metrics['policy/loss']:.3f}")
+        recent.append(metrics["policy/loss"])
+        loss = sum(recent) / len(recent)
+        done = step == section.steps or (len(recent) == AVERAGED and loss <= section.until_loss)
+        if done or step % REPORT_EVERY == 0:
+            console.line(f"warm start {step}/{section.steps}  loss {loss:.3f}")
+        if done:
+            break
     folder = run.path / "warm_start"
     policy.save(folder)
     cluster.stop(policy)

@@ -114,7 +114,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.float().chunk(2, -1)
-        return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+        return (gate / torch.exp(-gate).add_(1)).mul_(up).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -122,9 +122,15 @@ class _SwiGLU(torch.autograd.Function):
         dy = grads[0].float()
         gate, up = gate_up.float().chunk(2, -1)
         # Through 1/(1+e) rather than autograd: e overflows to inf for gate < -88 and 0 * inf is NaN.
-        sig = 1 / (1 + torch.exp(-gate))
-        dgate = dy * up * (sig * (1 + gate * (1 - sig)))
-        return torch.cat((dgate, dy * (gate * sig)), -1).to(gate_up.dtype)
+        # In place, since on CPU fresh memory of this size costs more than the arithmetic.
+        sig = torch.exp(-gate).add_(1).reciprocal_()
+        act = gate * sig
+        dgate_up = torch.empty_like(gate_up, dtype=torch.float32)
+        dgate, dup = dgate_up.chunk(2, -1)
+        torch.mul(dy, act, out=dup)
+        # silu' = sig + silu * (1 - sig)
+        torch.mul(act.mul_(1 - sig).add_(sig).mul_(up), dy, out=dgate)
+        return dgate_up.to(gate_up.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
