@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics_of
+from command_line import command, environment, metrics_of
 from wandb_file import history, records
 
-STEPS, EVAL_PROMPTS = 40, 128
+STEPS, EVAL_PROMPTS = 100, 128
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import subprocess
-
-    from conftest import command, environment
-
     folder = tmp_path_factory.mktemp("quickstart")
-    overrides = (f"run.steps={STEPS}", "eval.every=20", f"eval.prompts={EVAL_PROMPTS}", "checkpoint.every=20")
+    overrides = (f"run.steps={STEPS}", "eval.every=50", f"eval.prompts={EVAL_PROMPTS}", "checkpoint.every=50")
     done = subprocess.run(
         command(folder, *overrides), capture_output=True, text=True, timeout=900, env=environment(), cwd=folder
     )
@@ -59,7 +56,7 @@ def test_the_run_folder_is_whole(run: Path) -> None:
         a, b = row["prompt"].removesuffix("=").split("+")
         said = row["answer"][::-1]  # ones first
         assert (row["reward"] == 1.0) == (len(said) == 3 and said.isdigit() and int(said) == int(a) + int(b))
-    assert len((run / "eval" / "000040.jsonl").read_text().splitlines()) == EVAL_PROMPTS
+    assert len((run / "eval" / "000100.jsonl").read_text().splitlines()) == EVAL_PROMPTS
     log = (run / "train.log").read_text()
     assert "before" in log and "held-out accuracy" in log
 
@@ -67,11 +64,11 @@ def test_the_run_folder_is_whole(run: Path) -> None:
 def test_its_checkpoint_loads_in_transformers_and_answers_the_same(run: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert (run / "checkpoints" / "latest").resolve().name == "000040"
-    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == ["000020", "000040"]
+    assert (run / "checkpoints" / "latest").resolve().name == "000100"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == ["000050", "000100"]
     folder = run / "checkpoints" / "latest" / "hf"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    rows = [json.loads(line) for line in (run / "eval" / "000040.jsonl").read_text().splitlines()][:24]
+    rows = [json.loads(line) for line in (run / "eval" / "000100.jsonl").read_text().splitlines()][:24]
     for row in rows:
         ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -94,7 +91,7 @@ def test_wandb_kept_every_scalar_and_sample(run: Path) -> None:
     ]  # fmt: skip
     assert sorted({row[0] for table in tables for row in table["data"]}) == list(range(1, STEPS + 1))
     evals = [json.loads(p.read_text()) for p in run.rglob("media/table/eval/samples_*.table.json")]
-    assert sorted({row[0] for table in evals for row in table["data"]}) == [0, 20, 40]
+    assert sorted({row[0] for table in evals for row in table["data"]}) == [0, 50, 100]
     (exit_record,) = [r for r in records(file) if r.WhichOneof("record_type") == "exit"]
     assert exit_record.exit.exit_code == 0
 

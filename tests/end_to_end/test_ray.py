@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, command, environment, metrics_of
+from command_line import ROOT, SMALL, command, environment, metrics_of
 
 from rlhf.cluster import RoleDied
 from rlhf.config import Cluster
@@ -23,6 +23,14 @@ from rlhf.roles.reward import RewardFunction
 
 MOVING = ("time/", "throughput/", "memory/")
 ALL_PATHS = ["algorithm.kl_coef=0.01", "algorithm.updates_per_rollout=2", "run.steps=3", "train.lr=1e-2"]
+
+# An untrained model earns no reward on sums; this one pays for every 5, so that there is something to learn from.
+FIVES = """
+from recipes.arithmetic import initial_model, prompts
+
+def reward(completion):
+    return completion.text.count("5") / 5
+"""
 
 
 def fixed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -33,7 +41,10 @@ def fixed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 def test_local_and_ray_give_the_same_bits_and_the_ray_driver_no_weights(
     run_training: Callable[..., Path], tmp_path: Path
 ) -> None:
-    local = run_training(*SMALL, *ALL_PATHS, "cluster.kind=local", "tracking.wandb=disabled")
+    recipe = tmp_path / "fives.py"
+    recipe.write_text(FIVES)
+    overrides = [*SMALL, *ALL_PATHS, f"recipe.path={recipe}", "tracking.wandb=disabled"]
+    local = run_training(*overrides, "cluster.kind=local")
     counting = textwrap.dedent("""
         import gc, sys, torch
         from rlhf import __main__ as cli
@@ -46,7 +57,7 @@ def test_local_and_ray_give_the_same_bits_and_the_ray_driver_no_weights(
         Tracker.log = spy
         sys.exit(cli.main(sys.argv[1:]))
     """)
-    arguments = command(tmp_path, *SMALL, *ALL_PATHS, "cluster.kind=ray", "tracking.wandb=disabled")[3:]
+    arguments = command(tmp_path, *overrides, "cluster.kind=ray")[3:]
     done = subprocess.run(
         [sys.executable, "-c", counting, *arguments],
         capture_output=True, text=True, timeout=600, env=environment(), cwd=tmp_path,

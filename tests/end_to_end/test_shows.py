@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import metrics_of
+from command_line import metrics_of
 
 pytestmark = pytest.mark.slow
 

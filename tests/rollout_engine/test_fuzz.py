@@ -395,5 +395,6 @@ def release_in_order(patch: pytest.MonkeyPatch) -> None:
 )
 def test_naive_model_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
+    many = settings(PAGES_SETTINGS, max_examples=5000, phases=[Phase.generate])  # ends with the first that fails
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(Pages, settings=settings(PAGES_SETTINGS, phases=[Phase.generate]))
+        run_state_machine_as_test(Pages, settings=many)
