@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RoleDied, TimeoutError) as error:
         print(f"rlhf {args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"rlhf {args.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _train(args: argparse.Namespace) -> int:

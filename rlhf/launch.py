@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
 from rlhf.tracking.console import Console
 from rlhf.types import Completion, Prompt
+
+log = logging.getLogger("rlhf")  # the package's, not this module's
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,12 @@ class Result:
 
 
 def prepare(config: Config, folder: Path) -> Task:
-    """Load recipe, tokenizer and prompts and check the arithmetic; no weights, except those a recipe makes.
+    """Load recipe, tokenizer and prompts, check the arithmetic, and that all weights are there (without reading them).
 
     Raises ValueError with what was given, what is allowed and the way out.
     """
-    from transformers import AutoConfig
-
-    from rollout_engine.models.checkpoint import load_tokenizer, resolve
+    from rollout_engine.models import family
+    from rollout_engine.models.checkpoint import load_hf_config, load_tokenizer, open_weights, resolve
 
     recipe = load_recipe(config.recipe.path)
     if config.model.path is None:
@@ -55,13 +57,15 @@ def prepare(config: Config, folder: Path) -> Task:
     else:
         checkpoint = resolve(config.model.path, config.model.revision)
     if config.warm_start.steps:
-        recipe.warm_start  # noqa: B018  (raises where the recipe has none)
+        _ = recipe.warm_start  # raises where the recipe has none
+    hf_config = load_hf_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     prompts, dropped = tokenize(recipe.prompts("train"), tokenizer, config.data.max_prompt_tokens)
     held_out, _ = tokenize(recipe.prompts("eval"), tokenizer, config.data.max_prompt_tokens)
     eval_prompts = held_out[: config.eval.prompts]
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *eval_prompts))
-    decoder = check(config, AutoConfig.from_pretrained(checkpoint), tokenizer, longest)
+    decoder = check(config, hf_config, tokenizer, longest)
+    open_weights(checkpoint, family(hf_config).name_map(decoder))
     plan = Plan(config, decoder, len(prompts), dropped, len(eval_prompts))
     return Task(recipe, checkpoint, tokenizer, prompts, eval_prompts, plan)
 
@@ -85,14 +89,16 @@ def launch(config: Config) -> Result:
     from rlhf.warm_start import warm_start
 
     with tempfile.TemporaryDirectory() as folder:  # bad input leaves no run folder behind
-        prepare(config, Path(folder))
-    run = RunFolder.create(config.run.dir, config.run.name)
+        task = prepare(config, Path(folder))
+        run = RunFolder.create(config.run.dir, config.run.name)
+        if task.checkpoint.is_relative_to(folder):  # made by the recipe
+            task = replace(task, checkpoint=Path(shutil.move(task.checkpoint, run.path)))
     run.write("config.yaml", dump_config(config))
     run.write_environment()
     console = Console(run.path / "train.log")
-    logging.getLogger("rlhf").addHandler(_ConsoleHandler(console))
-    logging.getLogger("rlhf").setLevel(logging.INFO)
-    task = prepare(config, run.path)
+    handler = _ConsoleHandler(console)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     run.write("plan.txt", str(task.plan))
     console.line(str(task.plan))
     console.line(f"run folder  {run.path}")
@@ -117,6 +123,7 @@ def launch(config: Config) -> Result:
             tracker.close(failed=not finished)
         if cluster:
             cluster.shutdown()
+        log.removeHandler(handler)
         console.close()
     return Result(run.path, before, after)
 

@@ -24,6 +24,34 @@ from rollout_engine import SamplingParams
 SCORERS = {"reference": Reference}
 
 
+def spawn_roles(
+    config: Config, algorithm: Algorithm, cluster: Cluster, run: RunFolder, checkpoint: Path
+) -> tuple[Policy, RewardFunction, list[Reference | Policy]]:
+    """The policy, the reward, and the roles that fill a column of the batch before the update."""
+    policy = cluster.spawn(
+        "policy",
+        Policy,
+        checkpoint=checkpoint,
+        run_folder=run.path,
+        model=config.model,
+        rollout=config.rollout,
+        train=config.train,
+        algorithm=algorithm,
+        total_updates=config.run.steps * algorithm.updates_per_rollout,
+        seed=config.run.seed,
+    )
+    reward = cluster.spawn(
+        "reward", RewardFunction, recipe=config.recipe.path, shuffle=config.reward.shuffle, seed=config.run.seed
+    )
+    scorers: list[Reference | Policy] = [
+        cluster.spawn(name, SCORERS[name], checkpoint=checkpoint, model=config.model, train=config.train)
+        for name in algorithm.roles
+    ]
+    if algorithm.updates_per_rollout > 1:  # with one, the ratio's denominator is the current log-prob itself
+        scorers.append(policy)
+    return policy, reward, scorers
+
+
 def train(
     config: Config,
     algorithm: Algorithm,
@@ -37,28 +65,7 @@ def train(
     """Train from ``checkpoint`` for ``run.steps`` steps; held-out evaluations before and after."""
     rollout = config.rollout
     answers_per_step = rollout.prompts_per_step * rollout.samples_per_prompt
-    policy = cluster.spawn(
-        "policy",
-        Policy,
-        checkpoint=checkpoint,
-        run_folder=run.path,
-        model=config.model,
-        rollout=rollout,
-        train=config.train,
-        algorithm=algorithm,
-        total_updates=config.run.steps * algorithm.updates_per_rollout,
-        seed=config.run.seed,
-    )
-    reward = cluster.spawn(
-        "reward", RewardFunction, recipe=config.recipe.path, shuffle=config.reward.shuffle, seed=config.run.seed
-    )
-    scorers: list[Reference | Policy] = [
-        cluster.spawn(name, SCORERS[name], checkpoint=checkpoint, model=config.model, train=config.train)
-        for name in algorithm.roles
-    ]
-    if algorithm.updates_per_rollout > 1:
-        scorers.append(policy)
-
+    policy, reward, scorers = spawn_roles(config, algorithm, cluster, run, checkpoint)
     sampling = SamplingParams(
         n=rollout.samples_per_prompt, temperature=rollout.temperature, max_tokens=rollout.max_tokens
     )

@@ -7,8 +7,6 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kernels.exactness import check_exact
 from rollout_engine.block_manager import BlockManager
 from rollout_engine.config import EngineConfig
@@ -325,7 +323,6 @@ class LLM:
         queued = {seq.group.request_id for seq in self.scheduler.sequences()}
         assert queued == set(self._groups), f"requests {set(self._groups) ^ queued} are in one place only"
 
-    @torch.no_grad()
     def parameter_addresses(self) -> dict[str, int]:
         """Where each weight lives; a shared swap never moves one."""
         return {name: parameter.data_ptr() for name, parameter in self.model.decoder.named_parameters()}

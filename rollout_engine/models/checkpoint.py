@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rollout_engine.models import family
+from rollout_engine.models.config import NameMap
 from rollout_engine.models.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +51,18 @@ def resolve(path: str | Path, revision: str = "main") -> Path:
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=wanted))
 
 
+def load_hf_config(folder: Path) -> Any:
+    """The checkpoint's transformers config. Raises ValueError where it is missing or transformers refuses it."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers has many kinds
+        raise ValueError(f"{folder / 'config.json'} is not a config that transformers accepts: {error}") from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer. Raises ValueError where there is none."""
     from transformers import AutoTokenizer
@@ -78,14 +91,10 @@ def load_model(
 
     Raises ValueError for an unsupported family, a missing tokenizer, and missing, misshapen or truncated tensors.
     """
-    from transformers import AutoConfig
-
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {sorted(DTYPES)}")
     folder = resolve(path, revision)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
-    hf_config = AutoConfig.from_pretrained(folder)
+    hf_config = load_hf_config(folder)
     module = family(hf_config)
     tok = load_tokenizer(folder) if tokenizer else None
     config = module.decoder_config(hf_config)
@@ -127,7 +136,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_weights(decoder: Decoder, folder: Path, names: dict[str, tuple[str, ...]]) -> None:
+def open_weights(folder: Path, names: NameMap) -> dict[str, Any]:
+    """A reader for every checkpoint tensor that ``names`` calls for. Reads headers only.
+
+    Raises ValueError for missing, truncated or damaged files and for missing tensors.
+    """
     readers: dict[str, Any] = {}
     for file in _weight_files(folder):
         try:
@@ -139,6 +152,11 @@ def _read_weights(decoder: Decoder, folder: Path, names: dict[str, tuple[str, ..
     missing = sorted(part for parts in names.values() for part in parts if part not in readers)
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors that its config.json calls for, first {missing[0]!r}")
+    return readers
+
+
+def _read_weights(decoder: Decoder, folder: Path, names: NameMap) -> None:
+    readers = open_weights(folder, names)
     with torch.no_grad():
         for ours, parts in names.items():
             parameter = decoder.get_parameter(ours)
