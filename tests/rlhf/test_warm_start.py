@@ -1,0 +1,83 @@
+"""The warm start trains on the recipe's answers, in order, and ends at its loss or its last step."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import arithmetic
+from rlhf.config import load_config
+from rlhf.recipe import load_recipe
+from rlhf.run_folder import RunFolder
+from rlhf.tracking.console import Console
+from rlhf.types import Batch
+from rlhf.warm_start import warm_start
+from rollout_engine.models.checkpoint import load_tokenizer
+
+CONFIG = Path(__file__).parents[2] / "configs" / "arithmetic_grpo_cpu.yaml"
+
+
+class FakePolicy:
+    """Loss 2.0, 1.9, 1.8, ...; keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.saved: Path | None = None
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        self.batches.append(batch)
+        return {"policy/loss": 2.1 - 0.1 * len(self.batches)}
+
+    def save(self, folder: Path) -> None:
+        self.saved = folder
+
+
+class FakeCluster:
+    def __init__(self) -> None:
+        self.policy = FakePolicy()
+        self.asked: dict[str, Any] = {}
+        self.stopped: list[Any] = []
+
+    def spawn(self, name: str, role: Any, **kwargs: Any) -> Any:
+        self.asked = kwargs
+        return self.policy
+
+    def stop(self, role: Any) -> None:
+        self.stopped.append(role)
+
+
+# The mean of eight losses 2.1 - 0.1 k ending at step s is 2.45 - 0.1 s.
+@pytest.mark.parametrize(("until", "steps"), [(0.0, 20), (1.66, 8), (1.651, 8), (1.649, 9), (1.0, 15)])
+def test_it_ends_at_the_loss_or_at_the_last_step(tmp_path: Path, until: float, steps: int) -> None:
+    arithmetic.initial_model(tmp_path / "model", 0)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    overrides = [
+        "warm_start.steps=20",
+        f"warm_start.until_loss={until}",
+        "warm_start.batch_size=3",
+        "train.zero_stage=2",
+    ]
+    config = load_config(CONFIG, overrides)
+    cluster, console = FakeCluster(), Console(tmp_path / "train.log")
+    run = RunFolder(tmp_path)
+    recipe = load_recipe("recipes.arithmetic")
+    folder = warm_start(config, recipe, tokenizer, tmp_path / "model", cluster, run, console)
+    console.close()
+    policy = cluster.policy
+    assert len(policy.batches) == steps
+    assert folder == policy.saved == tmp_path / "warm_start" and cluster.stopped == [policy]
+    assert cluster.asked["train"].lr == config.warm_start.lr and cluster.asked["train"].zero_stage == 2
+    rows = list(itertools.islice(arithmetic.warm_start(config.run.seed), 3 * steps))
+    for batch, wanted in zip(policy.batches, _threes(rows), strict=True):
+        parts = [tokenizer.decode(part, skip_special_tokens=False) for part in batch.tokens.split(batch.lengths)]
+        assert parts == [f"{prompt}{answer}<eos>" for prompt, answer in wanted]
+        assert batch.loss_mask.sum() == sum(len(answer) + 1 for _, answer in wanted)
+        assert batch.column("loss_weights").sum().item() == pytest.approx(1)
+    assert f"warm start {steps}/20" in (tmp_path / "train.log").read_text()
+
+
+def _threes(rows: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    return [rows[i : i + 3] for i in range(0, len(rows), 3)]
