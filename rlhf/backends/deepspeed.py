@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.device import collective_backend, default_device
+from rlhf.backends.extension_cache import wait_for_locks
 from rlhf.config import Train
 from rlhf.types import Batch
 
@@ -43,6 +44,7 @@ class DeepSpeedBackend:
 
     def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        wait_for_locks()
         # auto_mpi_discovery would go looking for mpi4py; the cluster has set RANK and friends.
         deepspeed.init_distributed(collective_backend(), auto_mpi_discovery=False, verbose=False)
         self.stage = train.zero_stage
@@ -130,4 +132,5 @@ def prebuild_ops() -> None:
     from deepspeed.accelerator import get_accelerator
 
     if collective_backend() == "gloo":
+        wait_for_locks()
         get_accelerator().create_op_builder("ShareMemCommBuilder").load()

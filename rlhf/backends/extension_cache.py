@@ -1,0 +1,50 @@
+"""The C++ extension that DeepSpeed builds on first use, and the lock that a killed process leaves on it.
+
+torch guards each build with a lock file and waits for it without end. Every start of DeepSpeed takes that
+lock for a moment, so a process killed just then would hang all later ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+BUILT_LOCK_S = 60  # with the library there, the lock is mostly held just to look at it
+BUILD_LOCK_S = 600  # a build takes about a minute
+
+
+def folder() -> Path:
+    """Where torch keeps extensions."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+
+
+def stale_locks() -> list[Path]:
+    """Locks held longer than any live process would."""
+    found = []
+    for lock in folder().glob("**/lock"):
+        limit = BUILT_LOCK_S if any(lock.parent.glob("*.so")) else BUILD_LOCK_S
+        if _age(lock) > limit:
+            found.append(lock)
+    return found
+
+
+def wait_for_locks() -> None:
+    """Let others finish their builds, for a bounded time; then take stale locks away."""
+    while locks := [lock for lock in folder().glob("**/lock") if lock.exists()]:
+        for lock in stale_locks():
+            log.warning("removing the lock %s: whoever held it has died", lock)
+            lock.unlink(missing_ok=True)
+        if any(lock.exists() for lock in locks):
+            log.info("waiting for the build that holds %s", locks[0])
+            time.sleep(1)
+
+
+def _age(lock: Path) -> float:
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
