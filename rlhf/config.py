@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -21,6 +22,9 @@ from pydantic import (
 
 from rlhf import algorithms
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,7 +33,7 @@ class Section(BaseModel):
 class Run(Section):
     name: str
     dir: Path = Path("runs")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt
 
 
@@ -70,7 +74,7 @@ class Rollout(Section):
     prompts_per_step: PositiveInt
     samples_per_prompt: PositiveInt
     max_tokens: PositiveInt
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     kv_cache_gib: PositiveFloat = 1.0
     page_size: PositiveInt = 32
     max_num_seqs: PositiveInt = 512
@@ -84,7 +88,7 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     zero_stage: Literal[0, 1, 2] = 0
     tokens_per_microbatch: PositiveInt = 8192
 
@@ -103,7 +107,7 @@ class Eval(Section):
     every: NonNegativeInt = 20  # 0: only before and after
     prompts: PositiveInt = 256
     samples: PositiveInt = 1
-    temperature: NonNegativeFloat = 0.0
+    temperature: Literal[0] | Temperature = 0
 
 
 class Checkpoint(Section):

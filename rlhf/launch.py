@@ -119,12 +119,12 @@ def launch(config: Config) -> Result:
         console.line(f"held-out accuracy {gain}; curve, samples and checkpoint in {run.path}")
         finished = True
     finally:
-        if tracker:
-            tracker.close(failed=not finished)
         if cluster:
             cluster.shutdown()
         log.removeHandler(handler)
         console.close()
+        if tracker:  # last: without a network it may take its time, or fail
+            tracker.close(failed=not finished)
     return Result(run.path, before, after)
 
 

@@ -49,8 +49,8 @@ def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def timing(times: dict[str, float], started: float, step: int, steps: int, num_tokens: int) -> dict[str, float]:
-    """Seconds by phase, tokens per second of the step, time left, and this process's memory."""
-    total = sum(times.values())
+    """Seconds by phase, of the step without its evaluation, its tokens per second, time left, and driver memory."""
+    total = sum(seconds for phase, seconds in times.items() if phase != "evaluate")
     elapsed = time.perf_counter() - started
     return {
         **{f"time/{phase}": seconds for phase, seconds in times.items()},

@@ -89,11 +89,11 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
             f"one answer may need {longest} tokens of KV, but rollout.kv_cache_gib={r.kv_cache_gib} holds {held}; "
             "raise it"
         )
-    if r.samples_per_prompt > r.max_num_seqs:
-        raise ValueError(
-            f"rollout.samples_per_prompt={r.samples_per_prompt} answers run together, but rollout.max_num_seqs="
-            f"{r.max_num_seqs}; raise it"
-        )
+    for key, samples in (("rollout.samples_per_prompt", r.samples_per_prompt), ("eval.samples", config.eval.samples)):
+        if samples > r.max_num_seqs:
+            raise ValueError(
+                f"{key}={samples} answers run together, but rollout.max_num_seqs={r.max_num_seqs}; raise it"
+            )
     if len(tokenizer) > decoder.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {decoder.vocab_size}; they don't belong together"

@@ -28,7 +28,9 @@ from rlhf.types import Completion, Prompt, Score
 @dataclass(frozen=True)
 class Recipe:
     module: ModuleType
-    columns: tuple[str, ...]  # that the reward asks for
+    columns: tuple[str, ...]  # that the reward can't do without
+    takes: tuple[str, ...]  # that it has a parameter for
+    takes_any: bool  # it has **columns
     per_group: bool
 
     def prompts(self, split: str) -> list[dict[str, Any]]:
@@ -46,7 +48,7 @@ class Recipe:
     def judge(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score | None]:
         """Scores of one prompt's answers."""
         row = {"prompt": prompt.text, **prompt.columns}
-        columns = {name: row[name] for name in self.columns}
+        columns = {name: value for name, value in row.items() if self.takes_any or name in self.takes}
         if self.per_group:
             given = self.module.reward(list(completions), **columns)
         else:
@@ -75,14 +77,15 @@ class Recipe:
 def _score(value: Any, prompt: Prompt) -> Score | None:
     if value is None:
         return None
-    score = value if isinstance(value, Score) else None
-    if score is None:
-        try:
+    try:
+        if isinstance(value, Score):  # its numbers may be numpy's or torch's, which no log can hold
+            score = Score(float(value.value), {name: float(part) for name, part in value.parts.items()})
+        else:
             score = Score(float(value))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"reward() returned {value!r} for prompt {prompt.text!r}; return a number, a Score or None"
-            ) from None
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"reward() returned {value!r} for prompt {prompt.text!r}; return a number, a Score or None"
+        ) from None
     if not math.isfinite(score.value):
         raise ValueError(
             f"reward() returned {score.value} for prompt {prompt.text!r}; a reward is a finite number, or None"
@@ -114,5 +117,11 @@ def load_recipe(path: str) -> Recipe:
     parameters = list(inspect.signature(module.reward).parameters.values())
     if not parameters:
         raise ValueError(f"recipe {path!r}: reward() takes no parameter; its first one is the completion")
-    required = tuple(p.name for p in parameters[1:] if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
-    return Recipe(module, required, per_group=parameters[0].name == "completions")
+    named = [p for p in parameters[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return Recipe(
+        module,
+        columns=tuple(p.name for p in named if p.default is p.empty),
+        takes=tuple(p.name for p in named),
+        takes_any=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        per_group=parameters[0].name == "completions",
+    )

@@ -42,7 +42,10 @@ def warm_start(
     recent: deque[float] = deque(maxlen=AVERAGED)
     for step in range(1, section.steps + 1):
         console.phase(step, section.steps, "warm start")
-        batch = pack_supervised(list(itertools.islice(rows, section.batch_size)))
+        chosen = list(itertools.islice(rows, section.batch_size))
+        if not chosen:
+            raise ValueError(f"the recipe's warm_start() ended before step {step} of {section.steps}; it must not end")
+        batch = pack_supervised(chosen)
         for minibatch in sft.minibatches(batch, config.rollout.max_tokens):
             metrics = policy.update(minibatch)
         recent.append(metrics["policy/loss"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rollout_engine.types import fits_int64
+
 PAGE_MULTIPLE = 32  # the attention's KV block
 
 
@@ -31,6 +33,7 @@ class EngineConfig:
             ("page_size", self.page_size > 0 and self.page_size % PAGE_MULTIPLE == 0, "a multiple of 32"),
             ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
             ("max_batch_tokens", self.max_batch_tokens >= 1, "at least 1"),
+            ("seed", fits_int64(self.seed), "an integer of 64 bits"),
             ("numerics", self.numerics in ("exact", "fast"), "'exact' or 'fast'"),
         ):
             if not ok:

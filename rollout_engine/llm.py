@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kernels.exactness import check_exact
 from rollout_engine.block_manager import BlockManager
@@ -68,6 +71,8 @@ class LLM:
         decoder = model.decoder
         weight = decoder.norm.weight
         if self.config.numerics == "exact":
+            if weight.dtype != torch.float32:
+                raise ValueError(f"numerics='exact' holds for float32 weights, not {weight.dtype}; set numerics='fast'")
             sizes = decoder.config
             check_exact(
                 sizes.linear_shapes(),
@@ -200,12 +205,15 @@ class LLM:
         if isinstance(prompt, dict):
             if set(prompt) != {"prompt_token_ids"}:
                 raise ValueError(f"a prompt dict has the one key 'prompt_token_ids', not {sorted(prompt)}")
-            return list(prompt["prompt_token_ids"])
+            prompt = list(prompt["prompt_token_ids"])
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("a text prompt needs a tokenizer, and this engine was built without; give token ids")
             return list(self.tokenizer(prompt)["input_ids"])
-        return list(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f"prompt token ids must be integers, not {prompt!r:.80}") from None
 
     # ------------------------------------------------------------------ the loop
 
@@ -214,8 +222,9 @@ class LLM:
 
         Should the forward fail, all requests in flight are dropped with the cache (pages may be half written).
         """
+        finished = self._advance()
         unclaimed, self._unclaimed = self._unclaimed, []
-        return unclaimed + self._advance()
+        return unclaimed + finished
 
     def _advance(self) -> list[RequestOutput]:
         self._check_fresh()

@@ -42,11 +42,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, ok, allowed in (
-            ("n", self.n >= 1, "at least 1"),
-            ("temperature", self.temperature == 0 or self.temperature >= 1e-4, "0 (greedy) or at least 1e-4"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("n", isinstance(self.n, int) and self.n >= 1, "a whole number, at least 1"),
+            ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e4, "0 (greedy), or 1e-4 to 1e4"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]; for greedy decoding use temperature=0"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number, at least 1"),
             ("seed", self.seed is None or fits_int64(self.seed), "None or an integer of 64 bits"),
             ("logprobs", self.logprobs in (None, 0, 1), "None, 0 or 1 (the sampled token's)"),
         ):
@@ -57,7 +57,6 @@ class SamplingParams:
 @dataclass(frozen=True)
 class Logprob:
     logprob: float
-    decoded_token: str | None = None
 
 
 @dataclass(frozen=True)

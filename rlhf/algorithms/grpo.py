@@ -46,7 +46,7 @@ class GRPO:
         return batch.replace(advantages=batch.per_token(per_sequence))
 
     def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
-        """Sequence i goes to step i mod ``updates_per_rollout``, so that every step sees every group."""
+        """Sequence i goes to step i mod ``updates_per_rollout``, which spreads a group over the steps."""
         for first in range(self.updates_per_rollout):
             sequences = range(first, batch.num_sequences, self.updates_per_rollout)
             if not sequences:  # fewer answers were judged than there are steps

@@ -13,7 +13,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-BUILT_LOCK_S = 60  # with the library there, the lock is mostly held just to look at it
+BUILT_LOCK_S = 180  # with the library there, the lock is held to look at it, or for a rebuild
 BUILD_LOCK_S = 600  # a build takes about a minute
 
 

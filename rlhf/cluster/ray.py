@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnschedulableError, GetTimeoutError, OutOfMemoryError, RayActorError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -73,7 +73,7 @@ class _Proxy:
                 f"role {self._name} (pid {self._pid}) did not finish {doing}() within {timeout_s:.0f} s "
                 f"(cluster.timeout_s); its log: {self._log_file}"
             ) from None
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
             tail = self._log_file.read_text(errors="replace")[-LOG_TAIL:] if self._log_file.exists() else ""
             raise RoleDied(
                 f"role {self._name} (pid {self._pid}) died during {doing}(); last lines of {self._log_file}:\n{tail}"
@@ -92,7 +92,7 @@ class RayCluster:
         log_folder.mkdir(parents=True, exist_ok=True)
         set_threads(section.threads)
         ray.init(
-            address=os.environ.get("RAY_ADDRESS"),
+            address=os.environ.get("RAY_ADDRESS", "local"),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -102,11 +102,9 @@ class RayCluster:
         bundles = [{"CPU": self.share, **({"GPU": section.gpus * self.share} if section.gpus else {})}] * MAX_ROLES
         self.group = placement_group(bundles, strategy="PACK")
         if not self.group.wait(section.start_timeout_s):
-            remove_placement_group(self.group)
-            raise TimeoutError(
-                f"Ray could not place {bundles} within {section.start_timeout_s:.0f} s; "
-                f"available: {ray.available_resources()}, in all: {ray.cluster_resources()}"
-            )
+            there = f"available: {ray.available_resources()}, in all: {ray.cluster_resources()}"
+            self.shutdown()
+            raise TimeoutError(f"Ray could not place {bundles} within {section.start_timeout_s:.0f} s; {there}")
         self.free = list(range(MAX_ROLES))
         self.bundle_of: dict[int, int] = {}
 

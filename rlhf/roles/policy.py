@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,15 +134,6 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a Hugging Face checkpoint (new folder, atomic)."""
         save_model(self.model, folder)
-
-    def info(self) -> dict[str, Any]:
-        """Facts for the log: parameters, storage addresses shared, engine counters."""
-        return {
-            "parameters": sum(p.numel() for p in self.model.decoder.parameters()),
-            "swap": self.swap.mode,
-            "threads": torch.get_num_threads(),
-            **{f"engine/{name}": value for name, value in self.llm.stats().as_dict().items()},
-        }
 
 
 class _Diagnostics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,9 @@ class Tracker:
         self.progress["tokens"] += int(metrics["length/answer_tokens"])
         row = {"step": step, **metrics, **{f"progress/{axis}": count for axis, count in self.progress.items()}}
         self.history.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no NaN: what isn't finite is null.
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self.console.line(step_line(row, self.config.run.steps))
         if self._wandb:
             self._wandb.log_metrics(row)

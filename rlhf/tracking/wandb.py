@@ -5,7 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import wandb
 
@@ -28,14 +28,14 @@ class WandbTracker:
 
     def __init__(self, config: Config, folder: Path) -> None:
         wanted = config.tracking.wandb
-        mode: Literal["online", "offline"] = "offline"
-        if wanted == "online" or (wanted == "auto" and _has_key()):
-            mode = "online"
+        mode: str = wanted
+        if wanted == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         self.run = wandb.init(
             project=config.tracking.project,
             name=f"{config.run.name}-{folder.name}",
             dir=folder,
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )

@@ -57,6 +57,8 @@ def load_hf_config(folder: Path) -> Any:
 
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        raise ValueError(f"{folder} holds quantised weights, which aren't supported; use the unquantised checkpoint")
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers has many kinds

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class Llama3Scaling:
@@ -64,4 +62,3 @@ class DecoderConfig:
 
 # One parameter of ours <- these tensors of the Hugging Face checkpoint, concatenated along dim 0.
 NameMap = dict[str, tuple[str, ...]]
-NamedTensors = dict[str, Tensor]
