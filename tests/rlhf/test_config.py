@@ -117,7 +117,7 @@ def test_an_unknown_key_of_the_file_is_refused_too(file: Path) -> None:
         ("train.lr=", ["train.lr=None", "number"]),
         ("train.schedule=cos", ["train.schedule='cos'", "'constant'", "'linear'", "'cosine'"]),
         ("train.zero_stage=3", ["train.zero_stage=3", "0, 1 or 2"]),
-        ("rollout.temperature=0", ["rollout.temperature=0", "greater than 0"]),
+        ("rollout.temperature=0", ["rollout.temperature=0", "greater than or equal to 0.0001"]),
         ("algorithm.clip_low=1", ["algorithm.clip_low=1", "less than 1"]),
         ("algorithm.updates_per_rollout=two", ["algorithm.updates_per_rollout='two'", "integer"]),
         ("algorithm.aggregation=mean", ["algorithm.aggregation='mean'", "'token_mean'", "'sequence_mean'"]),
