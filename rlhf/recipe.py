@@ -99,7 +99,8 @@ def load_recipe(path: str) -> Recipe:
         file = Path(path).resolve()
         if not file.exists():
             raise ValueError(f"recipe.path={path!r}: no such file")
-        spec = importlib.util.spec_from_file_location(file.stem, file)
+        # Under a name of its own: a recipe called random.py must not become everybody's `random`.
+        spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there

@@ -215,10 +215,15 @@ def test_seed_of_the_request_and_of_the_engine(make_llm: MakeLLM) -> None:
 
 
 def test_generate_returns_its_own_answers_beside_a_queued_request(llm: LLM) -> None:
-    llm.add_request([1, 2, 3], SamplingParams(max_tokens=1))
+    queued = llm.add_request([1, 2, 3], SamplingParams(max_tokens=1))
     outputs = llm.generate([[4, 5]], SamplingParams(max_tokens=5, ignore_eos=True))
     assert [out.prompt_token_ids for out in outputs] == [(4, 5)]
     assert len(outputs[0].outputs[0].token_ids) == 5
+    llm.invalidate("test")
+    with pytest.raises(StaleWeightsError):
+        llm.step()
+    llm.publish(1)
+    assert [out.request_id for out in llm.step()] == [queued]  # the other's answer waited through all of it
 
 
 # ---------------------------------------------------------------- abort
