@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet
 .PHONY: help install quickstart test lint shows doctor clean
 
 help:
-	@echo "make quickstart   environment, then GRPO on arithmetic: about four minutes of training on 2 cores"
+	@echo "make quickstart   environment, then GRPO on arithmetic: about five minutes of training on 2 cores"
 	@echo "make test         environment, then the tests that need no GPU"
 	@echo "make shows        the long claims: three seeds, two controls, 10^5 fuzz operations"
 	@echo "make lint         ruff and mypy"
