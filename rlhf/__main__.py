@@ -40,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from rlhf.cluster import RoleDied
+    from rlhf.cluster import PlacementError, RoleDied
 
     try:
         return {"train": _train, "init": _init, "algorithms": _algorithms, "doctor": _doctor}[args.command](args)
     except ValueError as error:
         print(f"rlhf {args.command}: {error}", file=sys.stderr)
         return 2
-    except (RoleDied, TimeoutError) as error:
+    except (RoleDied, PlacementError, TimeoutError) as error:
         print(f"rlhf {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -89,18 +89,24 @@ class Train(Section):
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
     tokens_per_microbatch: PositiveInt = 8192
 
 
 class Cluster(Section):
-    """``threads`` per worker; ``gpus`` a policy may use; ``timeout_s`` bounds every call to a role."""
+    """``threads`` per worker; ``gpus`` of the run; ``ranks`` of each model role, one per GPU by default;
+    ``timeout_s`` bounds every call to a role."""
 
     kind: Literal["local", "ray"] = "local"
     gpus: NonNegativeInt = 0
+    ranks: PositiveInt | None = None
     threads: PositiveInt = 2
     timeout_s: PositiveFloat = 1800
     start_timeout_s: PositiveFloat = 300
+
+    @property
+    def num_ranks(self) -> int:
+        return self.ranks or max(1, self.gpus)
 
 
 class Eval(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,5 +39,5 @@ def evaluate(
     params = SamplingParams(
         n=config.eval.samples, temperature=config.eval.temperature, max_tokens=config.rollout.max_tokens
     )
-    completions = policy.generate(prompts, params, first_sample_id=FIRST_SAMPLE_ID)
-    return Evaluation(step, reward.score(prompts, completions))
+    answers = dict(itertools.chain.from_iterable(policy.generate(prompts, params, first_sample_id=FIRST_SAMPLE_ID)))
+    return Evaluation(step, reward.score(prompts, [answers[group] for group in range(len(prompts))]))

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Sequence
 
-from rlhf.types import Trajectory
+from rlhf.types import Trajectory, WeightUpdate
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -46,6 +46,12 @@ def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     merged = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     return {**merged, **{name: value for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}}
+
+
+def swap_metrics(swap: WeightUpdate) -> dict[str, float]:
+    """The version that generates next, and what the swap moved, per rank."""
+    gib = swap.bytes_moved / (1 << 30)
+    return {"policy/version": swap.version, "swap/gib": gib, "swap/gib_per_s": gib / max(swap.seconds, 1e-9)}
 
 
 def timing(times: dict[str, float], started: float, step: int, steps: int, num_tokens: int) -> dict[str, float]:

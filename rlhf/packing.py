@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +69,10 @@ def forward_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Te
 
 
 @torch.no_grad()
-def score_tokens(model: nn.Module, batch: Batch, tokens_per_microbatch: int) -> Tensor:
-    """Log-probs [T] fp32 of the batch's trained tokens, 0 elsewhere; on the CPU."""
+def score_tokens(model: nn.Module, microbatches: Iterable[Batch]) -> Tensor:
+    """Log-probs [T] fp32 of the trained tokens of all micro-batches, 0 elsewhere; on the CPU."""
     parts = []
-    for micro in batch.microbatches(tokens_per_microbatch):
+    for micro in microbatches:
         column = torch.zeros(micro.num_tokens)
         scored, logprobs, _ = forward_logprobs(model, micro)
         column[scored.cpu()] = logprobs.cpu()

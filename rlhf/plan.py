@@ -30,17 +30,23 @@ class Plan:
         algorithm = c.make_algorithm()
         axes = "  ".join(f"{key}={value}" for key, value in sorted(vars(algorithm).items()) if key != "name")
         roles = ", ".join(["policy (trainer + engine)", "reward function", *algorithm.roles])
+        ranks = c.cluster.num_ranks
+        swap = "shared: the engine runs on the trainer's storage, 0 bytes a step"
+        if c.train.zero_stage == 3:
+            swap = f"copy: gathered and copied in place, {parameters * size / GIB:.3f} GiB a step and rank"
         lines = [
             f"run         {c.run.name}, seed {c.run.seed}, {c.run.steps} steps of "
             f"{c.rollout.prompts_per_step} prompts x {c.rollout.samples_per_prompt} samples = {rows} answers",
             f"data        {self.num_prompts} training prompts ({self.num_dropped} dropped as too long), "
             f"{self.num_eval} held out",
             f"model       {parameters / 1e6:.2f} M parameters, {c.model.dtype}, {parameters * size / GIB:.3f} GiB",
-            f"roles       {roles}; cluster {c.cluster.kind}, one rank each, {c.cluster.threads} threads",
+            f"roles       {roles}; cluster {c.cluster.kind}, {ranks} rank{'s' * (ranks > 1)} per model role, "
+            f"{c.cluster.threads} threads each",
             f"training    DeepSpeed ZeRO {c.train.zero_stage}, AdamW, "
             f"{parameters * 12 / GIB:.3f} GiB of gradients and moments",
-            "weight swap shared: the engine runs on the trainer's storage, 0 bytes a step",
-            f"kv cache    {c.rollout.kv_cache_gib} GiB = {self.kv_tokens} tokens in pages of {c.rollout.page_size}",
+            f"weight swap {swap}",
+            f"kv cache    {c.rollout.kv_cache_gib} GiB a rank = {self.kv_tokens} tokens, "
+            f"pages of {c.rollout.page_size}",
             f"numerics    {c.rollout.numerics}",
             f"algorithm   {c.algorithm['name']}: {axes}",
         ]
@@ -72,6 +78,16 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
         raise ValueError(
             f"rollout.prompts_per_step={r.prompts_per_step} x samples_per_prompt={r.samples_per_prompt} = {answers} "
             f"answers do not divide into algorithm.updates_per_rollout={updates} equal parts; change one of the three"
+        )
+    ranks, gpus = config.cluster.num_ranks, config.cluster.gpus
+    if ranks > 1 and config.cluster.kind == "local":
+        raise ValueError(f"cluster.ranks={ranks}: cluster.kind=local runs one rank; set cluster.kind=ray")
+    if gpus and ranks != gpus:
+        raise ValueError(f"cluster.ranks={ranks} do not divide over cluster.gpus={gpus}: each rank has one GPU")
+    if r.prompts_per_step % ranks:
+        raise ValueError(
+            f"rollout.prompts_per_step={r.prompts_per_step} does not divide over cluster.ranks={ranks}; "
+            "make it a multiple"
         )
     if r.samples_per_prompt < 2:
         raise ValueError("rollout.samples_per_prompt=1: a group's baseline needs at least 2 samples")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from rlhf.cluster import Cluster
 from rlhf.config import Config
 from rlhf.data import PromptStream
 from rlhf.evaluate import Evaluation, evaluate
-from rlhf.metrics import mean_of, rollout_metrics, timing
+from rlhf.metrics import mean_of, rollout_metrics, swap_metrics, timing
 from rlhf.packing import pack
 from rlhf.roles.policy import Policy
 from rlhf.roles.reference import Reference
@@ -31,6 +32,7 @@ def spawn_roles(
     policy = cluster.spawn(
         "policy",
         Policy,
+        ranks=config.cluster.num_ranks,
         checkpoint=checkpoint,
         run_folder=run.path,
         model=config.model,
@@ -39,12 +41,20 @@ def spawn_roles(
         algorithm=algorithm,
         total_updates=config.run.steps * algorithm.updates_per_rollout,
         seed=config.run.seed,
+        timeout_s=config.cluster.timeout_s,
     )
     reward = cluster.spawn(
         "reward", RewardFunction, recipe=config.recipe.path, shuffle=config.reward.shuffle, seed=config.run.seed
     )
     scorers: list[Reference | Policy] = [
-        cluster.spawn(name, SCORERS[name], checkpoint=checkpoint, model=config.model, train=config.train)
+        cluster.spawn(
+            name,
+            SCORERS[name],
+            ranks=config.cluster.num_ranks,
+            checkpoint=checkpoint,
+            model=config.model,
+            train=config.train,
+        )
         for name in algorithm.roles
     ]
     if algorithm.updates_per_rollout > 1:  # with one, the ratio's denominator is the current log-prob itself
@@ -78,9 +88,10 @@ def train(
         times: dict[str, float] = {}
         asked = stream.take(rollout.prompts_per_step)
         with tracker.phase(step, "generate", times):
-            completions = policy.generate(asked, sampling, first_sample_id=(step - 1) * answers_per_step)
+            generated = policy.generate(asked, sampling, first_sample_id=(step - 1) * answers_per_step)
+            answers = dict(itertools.chain.from_iterable(generated))
         with tracker.phase(step, "reward", times):
-            trajectories = reward.score(asked, completions, control=True)
+            trajectories = reward.score(asked, [answers[group] for group in range(len(asked))], control=True)
         with tracker.phase(step, "train", times):
             batch = pack(trajectories, mask_truncated=algorithm.mask_truncated)
             for scorer in scorers:
@@ -101,7 +112,7 @@ def train(
                 **rollout_metrics(trajectories),
                 **mean_of(updates),
                 **latest.metrics,
-                "policy/version": swap.version,
+                **swap_metrics(swap),
                 **timing(times, started, step, config.run.steps, batch.num_tokens),
             },
         )

@@ -141,6 +141,26 @@ class Batch:
                 picked[f.name] = value[list(sequences)] if f.name in ("groups", "rewards") else value[index]
         return Batch(**picked)
 
+    def filler(self) -> Batch:
+        """One token that trains nothing: for a rank that must run along with the others and has no work left."""
+        import torch
+
+        one = self.select([0])
+        cut = {f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("lengths", "groups", "rewards")}
+        columns = {name: column[:1] for name, column in cut.items() if column is not None}
+        return replace(one, lengths=(1,), **{**columns, "loss_mask": torch.zeros(1, dtype=torch.bool)})
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[Batch]) -> Batch:
+        """Sequences of several batches with the same columns, one after another."""
+        import torch
+
+        joined: dict[str, Any] = {"lengths": tuple(length for batch in batches for length in batch.lengths)}
+        for f in fields(cls):
+            if f.name != "lengths" and getattr(batches[0], f.name) is not None:
+                joined[f.name] = torch.cat([batch.column(f.name) for batch in batches])
+        return cls(**joined)
+
     def microbatches(self, max_tokens: int) -> Iterator[Batch]:
         """Runs of whole sequences of at most ``max_tokens`` tokens (or one sequence, if that alone is longer)."""
         part: list[int] = []
@@ -160,6 +180,6 @@ class WeightUpdate:
 
     version: int
     changed: bool
-    mode: str  # "shared"
+    mode: str  # "shared" | "copy"
     seconds: float
     bytes_moved: int

@@ -29,6 +29,7 @@ def warm_start(
     policy = cluster.spawn(
         "warm_start",
         Policy,
+        ranks=config.cluster.num_ranks,
         checkpoint=checkpoint,
         run_folder=run.path,
         model=config.model,
@@ -37,6 +38,7 @@ def warm_start(
         algorithm=sft,
         total_updates=section.steps,
         seed=config.run.seed,
+        timeout_s=config.cluster.timeout_s,
     )
     rows = _token_rows(recipe, tokenizer, config.run.seed)
     recent: deque[float] = deque(maxlen=AVERAGED)
@@ -56,6 +58,7 @@ def warm_start(
         if done:
             break
     folder = run.path / "warm_start"
+    policy.publish()
     policy.save(folder)
     cluster.stop(policy)
     return folder

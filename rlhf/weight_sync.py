@@ -1,18 +1,37 @@
-"""The weight swap between trainer and engine. One mode is built: ``shared``.
+"""The weight swap between trainer and engine, and its order: begin (weights about to change) -> publish (they are
+whole) -> generate. In between, generating raises.
 
-The engine's decoder is a second set of modules over the trainer's own parameter storage, so that nothing
-is copied: the swap happens at the optimizer's step, and publishing is a version bump.
+``shared`` (ZeRO 0-2): the engine's decoder is a second set of modules over the trainer's own parameter storage;
+the swap happens at the optimizer's step, and publishing is a version bump.
+``copy`` (ZeRO 3): the engine has weights of its own that never move; publishing gathers the trainer's bucket by
+bucket and copies them in place.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import torch
 
+from rlhf.backends.deepspeed import DeepSpeedBackend
 from rlhf.types import WeightUpdate
 from rollout_engine.llm import LLM
 from rollout_engine.models.decoder import Decoder
+
+BUCKET_BYTES = 1 << 28  # gathered at a time: the extra memory of a copy swap
+
+
+class TornSwapError(RuntimeError):
+    """A swap ended before every weight had landed; the engine refuses to generate until a whole one does."""
+
+
+class WeightSwap(Protocol):
+    def begin(self) -> None:
+        """Called before the optimizer's step: from here until :meth:`publish`, generating raises."""
+
+    def publish(self) -> WeightUpdate:
+        """Make the new weights generate. Without a step since the last publish, nothing changes."""
 
 
 def share_storage(trained: Decoder) -> Decoder:
@@ -27,9 +46,7 @@ def share_storage(trained: Decoder) -> Decoder:
 
 
 class SharedSwap:
-    """Guards the order: begin (weights about to change) -> publish (they are whole) -> generate."""
-
-    mode = "shared"
+    """Nothing moves: the engine's weights are the trainer's storage, which is checked at every publish."""
 
     def __init__(self, trained: Decoder, llm: LLM) -> None:
         self.trained = trained
@@ -47,15 +64,67 @@ class SharedSwap:
                 )
 
     def begin(self) -> None:
-        """Called before the optimizer's step: from here until :meth:`publish`, generating raises."""
         self.llm.invalidate("the optimizer has stepped since the last publish")
         self.changed = True
 
     def publish(self) -> WeightUpdate:
-        """Make the new weights generate. Without a step since the last publish, nothing changes."""
         begin = time.perf_counter()
         changed, self.changed = self.changed, False
         if changed:
             self.check_addresses()
             self.llm.publish(self.llm.weight_version + 1)
-        return WeightUpdate(self.llm.weight_version, changed, self.mode, time.perf_counter() - begin, bytes_moved=0)
+        return WeightUpdate(self.llm.weight_version, changed, "shared", time.perf_counter() - begin, bytes_moved=0)
+
+
+class CopySwap:
+    """Gathers the trainer's weights in buckets and copies each into the engine's own, whose addresses stay.
+
+    Every tensor is compared after its copy, while the source is still there; a publish that didn't see all of
+    them land leaves the engine refusing to generate.
+    """
+
+    def __init__(self, backend: DeepSpeedBackend, llm: LLM, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.backend = backend
+        self.llm = llm
+        self.changed = False
+        self.buckets = backend.buckets(bucket_bytes)
+        self.addresses = llm.parameter_addresses()
+
+    def begin(self) -> None:
+        version = self.llm.weight_version
+        self.llm.invalidate(f"the optimizer has stepped since version {version} was published")
+        self.changed = True
+
+    def publish(self) -> WeightUpdate:
+        """Collective. Raises TornSwapError naming what didn't land, and between which versions."""
+        begin = time.perf_counter()
+        version = self.llm.weight_version
+        if not self.changed:
+            return WeightUpdate(version, False, "copy", time.perf_counter() - begin, bytes_moved=0)
+        landed: dict[str, int] = {}
+        for number, names in enumerate(self.buckets, 1):
+            where = f"weight swap {version} -> {version + 1}, bucket {number} of {len(self.buckets)}"
+            self.llm.invalidate(f"{where} has not landed")
+            landed |= self.copy_bucket(names, where)
+        missing = sorted(set(self.addresses) - set(landed))
+        if missing or self.llm.parameter_addresses() != self.addresses:
+            raise self.torn(f"weight swap {version} -> {version + 1}: {missing or 'a moved tensor'} did not land")
+        self.changed = False
+        self.llm.publish(version + 1)
+        return WeightUpdate(version + 1, True, "copy", time.perf_counter() - begin, sum(landed.values()))
+
+    def copy_bucket(self, names: list[str], where: str) -> dict[str, int]:
+        """Gather, copy, compare; bytes by name."""
+        landed = {}
+        with self.backend.gathered(names) as gathered:
+            for name, source in gathered.items():
+                target = self.llm.model.decoder.get_parameter(name)
+                target.copy_(source)
+                if not torch.equal(target, source.to(target.dtype)):
+                    raise self.torn(f"{where}: {name} differs from its source")
+                landed[name] = target.numel() * target.element_size()
+        return landed
+
+    def torn(self, reason: str) -> TornSwapError:
+        self.llm.invalidate(reason)
+        return TornSwapError(reason)

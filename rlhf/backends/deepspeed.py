@@ -1,4 +1,4 @@
-"""DeepSpeed around the decoder: ZeRO 0-2, explicit accumulation boundaries, a norm and a guard of our own.
+"""DeepSpeed around the decoder: ZeRO 0-3, explicit accumulation boundaries, a norm and a guard of our own.
 
 The contract with DeepSpeed 0.19.8, each point measured there:
 
@@ -7,6 +7,8 @@ The contract with DeepSpeed 0.19.8, each point measured there:
 * losses are sums with weights fixed beforehand, so ``scale_wrt_gas=False`` and a factor of the world
   size against the averaging over ranks.
 * ZeRO 0 in fp32 reports no gradient norm and steps on NaN: we compute the norm and decide before ``step``.
+* ZeRO 2 and 3 reduce (and 3 gathers) inside every forward and backward, so all ranks run equally many
+  micro-batches; one with fewer fills up with single tokens that train nothing.
 * the optimizer is torch's AdamW; one named in the DeepSpeed config would compile an extension.
 """
 
@@ -14,19 +16,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Literal
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
 from kernels.device import collective_backend, default_device
 from rlhf.backends.extension_cache import wait_for_locks
 from rlhf.config import Train
 from rlhf.types import Batch
 
+MAX_REDUCE_BUCKET = 500_000_000  # elements
+WHOLE_ELEMENTS = 10_000  # ZeRO 3 keeps smaller parameters whole on every rank, between steps too
 LossFn = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -40,13 +48,16 @@ class StepResult:
 
 
 class DeepSpeedBackend:
-    """Owns the optimizer and the parameters' storage (ZeRO 1 and 2 move them into flat buffers once, here)."""
+    """Owns the optimizer and the parameters' storage: ZeRO 1 and 2 move them into flat buffers once, here, and
+    ZeRO 3 divides them among the ranks. No collective waits longer than ``timeout_s``."""
 
-    def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype, timeout_s: float) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         wait_for_locks()
         # auto_mpi_discovery would go looking for mpi4py; the cluster has set RANK and friends.
-        deepspeed.init_distributed(collective_backend(), auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            collective_backend(), auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+        )
         self.stage = train.zero_stage
         matrices = [p for p in module.parameters() if p.ndim > 1]
         vectors = [p for p in module.parameters() if p.ndim <= 1]
@@ -70,33 +81,48 @@ class DeepSpeedBackend:
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {
                     "stage": train.zero_stage,
-                    "reduce_bucket_size": min(num_parameters, 500_000_000),  # allocated in full by ZeRO 1 and 2
+                    "reduce_bucket_size": min(num_parameters, MAX_REDUCE_BUCKET),  # allocated in full by ZeRO 1-3
+                    "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
                 },
                 "bf16": {"enabled": dtype == torch.bfloat16},
                 "steps_per_print": 1 << 30,
             },
         )
-        self.world_size = torch.distributed.get_world_size()
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     @property
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def step(
-        self, microbatches: Iterable[Batch], loss_fn: LossFn, lr: float, before_step: Callable[[], None]
-    ) -> StepResult:
-        """One optimizer step over all micro-batches.
+    def microbatches(self, batch: Batch, max_tokens: int) -> list[Batch]:
+        """The batch's micro-batches, as many as on the rank that has the most. Collective."""
+        found = list(batch.microbatches(max_tokens))
+        missing = int(self.reduce([len(found)], "max")[0]) - len(found)
+        return found + [batch.filler()] * missing
 
-        ``loss_fn(engine, micro)`` gives a loss that sums over micro-batches. ``before_step`` runs once the
-        gradients are known to be finite and the weights are about to change.
+    def reduce(self, values: Sequence[float], op: Literal["sum", "max"]) -> list[float]:
+        """Sums or maxima of each value over the ranks, in float64. Collective."""
+        column = torch.tensor(values, dtype=torch.float64, device=default_device())
+        if self.world_size > 1:
+            torch.distributed.all_reduce(column, {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}[op])
+        return column.tolist()
+
+    def step(
+        self, batch: Batch, max_tokens: int, loss_fn: LossFn, lr: float, before_step: Callable[[], None]
+    ) -> StepResult:
+        """One optimizer step over this rank's share of a minibatch, in micro-batches of ``max_tokens`` tokens.
+
+        ``loss_fn(engine, micro)`` gives a loss that sums over micro-batches and ranks. ``before_step`` runs once
+        the gradients are known to be finite and the weights are about to change. Collective.
         """
-        batches = list(microbatches)
+        batches = self.microbatches(batch, max_tokens)
         total = 0.0
         for i, micro in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
             loss = loss_fn(self.engine, micro)
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
             total += loss.item()
+        total = self.reduce([total], "sum")[0]
         norm = self._grad_norm()
         if not math.isfinite(norm):
             self._drop_gradients()
@@ -108,10 +134,12 @@ class DeepSpeedBackend:
         return StepResult(total, norm, skipped=False)
 
     def _grad_norm(self) -> float:
-        if self.stage > 0:
+        """Of all parameters, the same on every rank."""
+        if self.stage in (1, 2):
             return float(self.optimizer.scaled_global_norm())
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])))
+        read = safe_get_local_grad if self.stage == 3 else safe_get_full_grad
+        square = sum(float(read(p).double().square().sum()) for p in self.module.parameters())
+        return math.sqrt(self.reduce([square], "sum")[0] if self.stage == 3 else square)
 
     def _drop_gradients(self) -> None:
         if self.stage > 0:
@@ -120,11 +148,29 @@ class DeepSpeedBackend:
             self.engine.zero_grad()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Full gradients by parameter name between backward and step; for tests and diagnostics."""
-        from deepspeed.utils import safe_get_full_grad
+        """Full gradients by parameter name between backward and step; for tests and diagnostics. Collective."""
+        return {name: safe_get_full_grad(p).clone() for name, p in self.module.named_parameters()}
 
-        found: dict[str, Any] = {name: safe_get_full_grad(p) for name, p in self.module.named_parameters()}
-        return {name: grad.clone() for name, grad in found.items() if grad is not None}
+    def buckets(self, max_bytes: int) -> list[list[str]]:
+        """Parameter names in runs of at most ``max_bytes`` (or one parameter, if that alone is larger)."""
+        found: list[list[str]] = []
+        room = 0
+        for name, p in self.module.named_parameters():
+            # Under ZeRO 3 numel() is that of an empty stand-in.
+            size = getattr(p, "ds_numel", p.numel()) * p.element_size()
+            if size > room:
+                found.append([])
+                room = max_bytes
+            found[-1].append(name)
+            room -= size
+        return found
+
+    @contextmanager
+    def gathered(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Whole parameters by name, read-only and only inside the ``with``. Collective under ZeRO 3."""
+        parameters = {name: self.module.get_parameter(name) for name in names}
+        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=self.stage == 3):
+            yield {name: p.detach() for name, p in parameters.items()}
 
 
 def prebuild_ops() -> None:

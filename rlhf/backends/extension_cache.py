@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,12 @@ BUILD_LOCK_S = 600  # a build takes about a minute
 
 
 def folder() -> Path:
-    """Where torch keeps extensions."""
+    """Where torch keeps extensions: inside the virtual environment, unless told otherwise.
+
+    Torch's own default is one folder for all environments, which then rebuild each other's extensions in turn.
+    """
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and sys.prefix != sys.base_prefix:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
 
 

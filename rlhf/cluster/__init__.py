@@ -15,9 +15,16 @@ class RoleDied(RuntimeError):
     """A role's process ended while the run needed it."""
 
 
+class PlacementError(RuntimeError):
+    """The roles can't be placed: more was asked for than there is."""
+
+
 class Cluster(Protocol):
-    def spawn(self, name: str, role: Callable[..., Role], **kwargs: Any) -> Role:
-        """Start ``role(**kwargs)`` as ``name``; blocks until it is built."""
+    def spawn(self, name: str, role: Callable[..., Role], *, ranks: int = 1, **kwargs: Any) -> Role:
+        """Start ``role(**kwargs)`` as ``name`` on ``ranks`` data-parallel ranks; blocks until they are built.
+
+        What is called on the result is divided over the ranks as the role's methods say (``rlhf.division``).
+        """
 
     def stop(self, role: Any) -> None:
         """End one role and give its memory back."""

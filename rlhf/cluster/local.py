@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf import config
 from rlhf.cluster import Role
-from rlhf.cluster.worker import set_rendezvous, set_threads
+from rlhf.cluster.worker import Rendezvous, set_rendezvous, set_threads
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +17,11 @@ log = logging.getLogger(__name__)
 class LocalCluster:
     def __init__(self, section: config.Cluster) -> None:
         set_threads(section.threads)
-        set_rendezvous()
+        set_rendezvous(Rendezvous.here())
 
-    def spawn(self, name: str, role: Callable[..., Role], **kwargs: Any) -> Role:
+    def spawn(self, name: str, role: Callable[..., Role], *, ranks: int = 1, **kwargs: Any) -> Role:
+        if ranks != 1:
+            raise ValueError(f"cluster.kind=local runs one rank, not {ranks}; set cluster.kind=ray")
         log.info("role %s: pid %d (local)", name, os.getpid())
         return role(**kwargs)
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import socket
+from dataclasses import dataclass
 
 
 def set_threads(threads: int) -> None:
@@ -32,15 +33,34 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, 1 << 30)
 
 
-def set_rendezvous(rank: int = 0, world_size: int = 1) -> None:
-    """Say which rank this process is, where its peers meet. DeepSpeed looks for mpi4py unless it finds all of it."""
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a role meet, and which one this is."""
+
+    address: str
+    port: int
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def here(cls) -> Rendezvous:
+        """For a process alone."""
+        return cls("127.0.0.1", free_port())
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now; someone may take it before it is used."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def set_rendezvous(meeting: Rendezvous) -> None:
+    """Put it where torch and DeepSpeed look; DeepSpeed goes for mpi4py unless it finds all of it."""
     os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        RANK=str(meeting.rank),
+        LOCAL_RANK="0",  # each worker sees one device, its own
+        WORLD_SIZE=str(meeting.world_size),
+        MASTER_ADDR=meeting.address,
+        MASTER_PORT=str(meeting.port),
     )

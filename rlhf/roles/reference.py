@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kernels.device import default_device
 from rlhf.config import ModelSection, Train
+from rlhf.division import divide_batch, over_ranks
 from rlhf.packing import score_tokens
 from rlhf.types import Batch
 from rollout_engine.models.checkpoint import load_model
@@ -17,6 +18,8 @@ class Reference:
         self.decoder = loaded.decoder.requires_grad_(False)
         self.tokens_per_microbatch = train.tokens_per_microbatch
 
+    @over_ranks(divide_batch)
     def score(self, batch: Batch) -> Batch:
         """Fill ``ref_logprobs``."""
-        return batch.replace(ref_logprobs=score_tokens(self.decoder, batch, self.tokens_per_microbatch))
+        microbatches = batch.microbatches(self.tokens_per_microbatch)
+        return batch.replace(ref_logprobs=score_tokens(self.decoder, microbatches))

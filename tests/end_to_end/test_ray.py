@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from command_line import ROOT, SMALL, command, environment, metrics_of
 
 from rlhf.cluster import RoleDied
 from rlhf.config import Cluster
+from rlhf.division import Join, over_ranks
 from rlhf.roles.reward import RewardFunction
 
 MOVING = ("time/", "throughput/", "memory/")
@@ -102,8 +104,8 @@ def test_killing_a_role_fails_the_run_and_names_it(tmp_path: Path) -> None:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from rlhf.cluster.ray import RayCluster
 
-    os.environ["PYTHONPATH"] = str(ROOT)
-    cluster = RayCluster(Cluster(kind="ray", threads=1, timeout_s=2), tmp_path_factory.mktemp("roles"))
+    os.environ["PYTHONPATH"] = f"{ROOT}:{Path(__file__).parent}"
+    cluster = RayCluster(Cluster(kind="ray", threads=1, timeout_s=2, ranks=2), tmp_path_factory.mktemp("roles"))
     yield cluster
     cluster.shutdown()
     del os.environ["PYTHONPATH"]
@@ -120,14 +122,85 @@ def test_a_call_that_hangs_ends_with_the_roles_name(cluster) -> None:  # type: i
 
 
 def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # type: ignore[no-untyped-def]
-    free = len(cluster.free)
-    reward = cluster.spawn("judge", RewardFunction, recipe="recipes.arithmetic", shuffle=False, seed=0)
+    judge = {"recipe": "recipes.arithmetic", "shuffle": False, "seed": 0}
+    reward = cluster.spawn("judge", RewardFunction, **judge)
     assert reward.score([], []) == []
-    os.kill(reward._pid, signal.SIGKILL)
-    with pytest.raises(RoleDied, match=rf"role judge \(pid {reward._pid}\) died during score\(\)"):
+    (pid,) = reward._pids
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RoleDied, match=rf"role judge \(pid {pid}\) died during score\(\)"):
         reward.score([], [])
     cluster.stop(reward)
-    assert len(cluster.free) == free
+    for _ in range(9):  # a bundle holds eight at once
+        cluster.stop(cluster.spawn("event", threading.Event))
+
+
+def deal(ranks: int, items: list[int]) -> tuple[list[dict[str, list[int]]], Join]:
+    return [{"items": items[rank::ranks]} for rank in range(ranks)], lambda results: sorted(chain(*results))
+
+
+class Ranked:
+    """A role whose every answer says which rank gave it."""
+
+    def __init__(self, fail_on: int | None = None) -> None:
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.meets_at = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        self.fail_on = fail_on
+
+    def who(self) -> tuple[int, int]:
+        return self.rank, self.world_size
+
+    @over_ranks(deal)
+    def tag(self, items: list[int]) -> list[tuple[int, int]]:
+        return [(item, self.rank) for item in items]
+
+    @over_ranks(deal)
+    def stream(self, items: list[int]) -> Iterator[tuple[int, int]]:
+        for item in items:
+            if item == self.fail_on:
+                raise ValueError(f"item {item}: is not to be had")
+            yield item, self.rank
+
+    def hang_but_fail_on_rank_1(self) -> None:
+        if self.rank == 1:
+            raise ValueError("rank 1 has had enough")
+        time.sleep(60)
+
+
+def test_calls_are_divided_over_ranks_and_joined(cluster) -> None:  # type: ignore[no-untyped-def]
+    role = cluster.spawn("ranked", Ranked, ranks=2)
+    assert role.who() == (0, 2)  # not divided: every rank is called, rank 0's result counts
+    assert role.tag(list(range(5))) == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
+    assert sorted(role.stream(list(range(7)))) == [(i, i % 2) for i in range(7)]
+    cluster.stop(role)
+
+
+def test_the_first_failing_rank_ends_the_wait(cluster) -> None:  # type: ignore[no-untyped-def]
+    role = cluster.spawn("ranked", Ranked, ranks=2, fail_on=3)
+    with pytest.raises(ValueError, match=r"^item 3: is not to be had$"):
+        list(role.stream(list(range(7))))
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="rank 1 has had enough"):
+        role.hang_but_fail_on_rank_1()
+    assert time.monotonic() - begin < 30
+    cluster.stop(role)
+
+
+class PortTakenOnce:
+    """Its first start finds its port taken, as may happen between asking for a free one and using it."""
+
+    def __init__(self, marker: Path) -> None:
+        if not marker.exists():
+            marker.touch()
+            raise RuntimeError("code: -98, name: EADDRINUSE, message: address already in use")
+
+    def ready(self) -> bool:
+        return True
+
+
+def test_a_port_taken_meanwhile_is_tried_once_more(cluster, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    role = cluster.spawn("binder", PortTakenOnce, marker=tmp_path / "tried")
+    assert role.ready()
+    cluster.stop(role)
 
 
 def test_an_error_in_a_role_keeps_its_type_and_message(cluster) -> None:  # type: ignore[no-untyped-def]
@@ -140,3 +213,30 @@ def test_shuffled_metrics_differ(run_training: Callable[..., Path]) -> None:
     first = run_training(*SMALL, "cluster.kind=local", "tracking.wandb=disabled", "run.steps=1")
     second = run_training(*SMALL, "cluster.kind=local", "tracking.wandb=disabled", "run.steps=1", "run.seed=1")
     assert json.dumps(fixed(metrics_of(first))) != json.dumps(fixed(metrics_of(second)))
+
+
+def test_a_placement_that_cannot_be_met_says_what_there_is(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path, *SMALL, "cluster.gpus=3", "rollout.prompts_per_step=9", "tracking.wandb=disabled"),
+        capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "GPU: 3 asked for, 0 free of 0" in done.stderr and "cluster.gpus" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_ranks_under_zero_3_learn_as_one_rank_does(run_training: Callable[..., Path], tmp_path: Path) -> None:
+    """Same samples in the first step, no gap in any, and the same losses up to the order of float additions."""
+    recipe = tmp_path / "fives.py"
+    recipe.write_text(FIVES)
+    overrides = [*SMALL, f"recipe.path={recipe}", "tracking.wandb=disabled", "cluster.kind=ray", "train.lr=1e-3"]
+    one = metrics_of(run_training(*overrides, "algorithm.kl_coef=0.01"))
+    two = metrics_of(
+        run_training(
+            *overrides, "algorithm.kl_coef=0.01", "cluster.ranks=2", "train.zero_stage=3", "warm_start.steps=0"
+        )
+    )
+    assert all(row["rollout/logprob_gap_max"] == 0.0 for row in one + two)
+    for name in ("reward/mean", "length/answer_tokens", "policy/entropy", "policy/grad_norm", "eval/reward"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4), name
+    assert two[-1]["policy/version"] == 3 and two[-1]["swap/gib"] > 0 and one[-1]["swap/gib"] == 0

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3Config
 
 from rlhf.algorithms.grpo import GRPO
-from rlhf.cluster.worker import set_rendezvous
+from rlhf.cluster.worker import Rendezvous, set_rendezvous
 from rlhf.config import ModelSection, Rollout, Train
 from rlhf.roles.policy import Policy
 from rollout_engine.models import qwen3
@@ -55,7 +55,7 @@ def make_policy(odd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(module, "load_model", lambda *a, **k: load_model(*a, **k, tokenizer=False))
     if not torch.distributed.is_initialized():
-        set_rendezvous()
+        set_rendezvous(Rendezvous.here())
 
     def make(*, algorithm: GRPO | None = None, **settings: object) -> Policy:
         train = {"lr": 1e-3, **{k: settings.pop(k) for k in list(settings) if k in Train.model_fields}}
@@ -70,6 +70,7 @@ def make_policy(odd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             algorithm=algorithm or GRPO(),
             total_updates=100,
             seed=7,
+            timeout_s=300,
         )
 
     return make

@@ -1,4 +1,4 @@
-"""The optimizer step goes through DeepSpeed, whole, clipped and guarded, under ZeRO 0, 1 and 2."""
+"""The optimizer step goes through DeepSpeed, whole, clipped and guarded, under ZeRO 0 to 3."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf.roles.policy import Policy
 from rlhf.types import Batch
 from rollout_engine.models import qwen3
 
-STAGES = pytest.mark.parametrize("stage", [0, 1, 2])
+STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 
 def true_gradients(folder: Path, batch: Batch) -> dict[str, torch.Tensor]:
@@ -40,6 +40,13 @@ def true_gradients(folder: Path, batch: Batch) -> dict[str, torch.Tensor]:
     return {ours: torch.cat([found[part] for part in parts]) for ours, parts in qwen3.name_map(config).items()}
 
 
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """Whole weights of the trainer, copied."""
+    names = [name for name, _ in policy.model.decoder.named_parameters()]
+    with policy.backend.gathered(names) as whole:
+        return {name: p.clone() for name, p in whole.items()}
+
+
 def deepspeed_gradients(policy: Policy, batch: Batch, tokens_per_microbatch: int) -> dict[str, torch.Tensor]:
     """What DeepSpeed holds right before its step."""
     held: dict[str, torch.Tensor] = {}
@@ -49,7 +56,8 @@ def deepspeed_gradients(policy: Policy, batch: Batch, tokens_per_microbatch: int
         return policy.algorithm.policy_loss(logprobs, entropy, micro, scored)[0]
 
     policy.backend.step(
-        batch.microbatches(tokens_per_microbatch),
+        batch,
+        tokens_per_microbatch,
         loss_fn,
         lr=0.0,
         before_step=lambda: held.update(policy.backend.gradients()),
@@ -98,10 +106,10 @@ def test_the_step_is_deepspeeds(make_policy: Callable[..., Policy], stage: int) 
     engine = policy.backend.engine
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
     assert engine.zero_optimization_stage() == stage
-    before = {name: p.detach().clone() for name, p in policy.model.decoder.named_parameters()}
+    before = weights(policy)
     policy.update(rollout(policy))
     assert engine.global_steps == 1
-    still = [name for name, p in policy.model.decoder.named_parameters() if torch.equal(p, before[name])]
+    still = [name for name, p in weights(policy).items() if torch.equal(p, before[name])]
     assert not still, f"these never moved: {still}"
 
 
@@ -133,12 +141,12 @@ def test_a_non_finite_gradient_is_skipped_and_its_batch_kept(
     batch = rollout(policy)
     advantages = batch.column("advantages").clone()
     advantages[batch.loss_mask.nonzero()[3]] = float("nan")
-    before = {name: p.detach().clone() for name, p in policy.model.decoder.named_parameters()}
+    before = weights(policy)
     metrics = policy.update(batch.replace(advantages=advantages))
     assert metrics["policy/skipped_updates"] == 1
     assert not math.isfinite(metrics["policy/grad_norm"])
-    assert all(torch.equal(p, before[name]) for name, p in policy.model.decoder.named_parameters())
-    kept = torch.load(tmp_path / "skipped-update-1.pt", weights_only=False)
+    assert all(torch.equal(p, before[name]) for name, p in weights(policy).items())
+    kept = torch.load(tmp_path / "skipped-update-1-rank-0.pt", weights_only=False)
     assert torch.equal(kept.tokens, batch.tokens)
     assert not policy.publish().changed  # nothing moved, so the version stays and generating goes on
     again = rollout(policy)
@@ -159,6 +167,6 @@ def test_several_updates_per_rollout_use_old_logprobs(make_policy: Callable[...,
 @STAGES
 def test_zero_learning_rate_moves_nothing(make_policy: Callable[..., Policy], stage: int) -> None:
     policy = make_policy(zero_stage=stage, lr=0.0)
-    before = {name: p.detach().clone() for name, p in policy.model.decoder.named_parameters()}
+    before = weights(policy)
     policy.update(rollout(policy, random.Random(0).randrange(100)))
-    assert all(torch.equal(p, before[name]) for name, p in policy.model.decoder.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in weights(policy).items())

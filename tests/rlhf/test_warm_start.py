@@ -31,7 +31,11 @@ class FakePolicy:
         self.batches.append(batch)
         return {"policy/loss": 2.1 - 0.1 * len(self.batches)}
 
+    def publish(self) -> None:
+        self.published = len(self.batches)
+
     def save(self, folder: Path) -> None:
+        assert self.published == len(self.batches), "what is saved is what was published"
         self.saved = folder
 
 

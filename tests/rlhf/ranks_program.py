@@ -1,0 +1,86 @@
+"""One rank of the two-rank tests: `python ranks_program.py FOLDER RANK WORLD_SIZE PORT`.
+
+Reads ``jobs.pt`` (a list of dicts) from the folder, does each job with the other ranks, and leaves ``rank-R.pt``
+with what it saw. All jobs share a process, since importing DeepSpeed takes longer than the jobs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.cluster.worker import Rendezvous, set_rendezvous, set_threads
+from rlhf.config import ModelSection, Rollout, Train
+from rlhf.division import divide_minibatch
+from rlhf.packing import forward_logprobs
+from rlhf.roles import policy as policy_module
+from rlhf.roles.policy import Policy
+from rlhf.types import Batch
+from rollout_engine import SamplingParams
+from rollout_engine.models.checkpoint import load_model
+
+
+def gradients(policy: Policy, share: Batch, max_tokens: int) -> dict[str, torch.Tensor]:
+    """What DeepSpeed holds before its step; the step itself has rate 0."""
+    held: dict[str, torch.Tensor] = {}
+
+    def loss_fn(engine: torch.nn.Module, micro: Batch) -> torch.Tensor:
+        scored, logprobs, entropy = forward_logprobs(engine, micro)
+        return policy.algorithm.policy_loss(logprobs, entropy, micro, scored)[0]
+
+    policy.backend.step(share, max_tokens, loss_fn, 0.0, lambda: held.update(policy.backend.gradients()))
+    return held
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    names = [name for name, _ in policy.model.decoder.named_parameters()]
+    with policy.backend.gathered(names) as whole:
+        return {name: p.clone() for name, p in whole.items()}
+
+
+def run(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    policy = Policy(
+        checkpoint=job["checkpoint"],
+        run_folder=folder,
+        model=ModelSection(),
+        rollout=Rollout(prompts_per_step=4, samples_per_prompt=4, max_tokens=24, kv_cache_gib=0.02),
+        train=Train(lr=job["lr"], max_grad_norm=1e9, zero_stage=job["stage"], tokens_per_microbatch=job["max_tokens"]),
+        algorithm=job["algorithm"],
+        total_updates=10,
+        seed=7,
+        timeout_s=120,
+    )
+    found: dict[str, Any] = {}
+
+    def share(name: str) -> Batch:
+        return divide_minibatch(ranks, job[name])[0][rank]["minibatch"]
+
+    if "gradients" in job:
+        found["gradients"] = gradients(policy, share("gradients"), job["max_tokens"])
+        found["share"] = policy.score(share("score"))
+    found["metrics"] = policy.update(share("update"))
+    swap = policy.publish()
+    found |= {"version": swap.version, "changed": swap.changed, "weights": weights(policy)}
+    if "prompts" in job:
+        mine = range(rank, len(job["prompts"]), ranks)
+        prompts = [job["prompts"][i] for i in mine]
+        stream = policy.generate(prompts, SamplingParams(n=2, max_tokens=16), first_sample_id=0, groups=mine)
+        found["answers"] = [pair for finished in stream for pair in finished]
+    return found
+
+
+def main() -> None:
+    policy_module.load_model = functools.partial(load_model, tokenizer=False)  # the checkpoint has none
+    folder, rank, ranks, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    set_threads(1)
+    set_rendezvous(Rendezvous("127.0.0.1", port, rank, ranks))
+    jobs = torch.load(folder / "jobs.pt", weights_only=False)
+    torch.save([run(job, folder, rank, ranks) for job in jobs], folder / f"rank-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
