@@ -65,7 +65,8 @@ def count_parameters(d: DecoderConfig) -> int:
     attention += 2 * d.head_dim * d.qk_norm
     mlp = 3 * d.hidden_size * d.intermediate_size + d.mlp_bias * (2 * d.intermediate_size + d.hidden_size)
     embedding = d.vocab_size * d.hidden_size * (1 if d.tie_embeddings else 2)
-    return embedding + d.num_layers * (attention + mlp + 2 * d.hidden_size) + d.hidden_size
+    norms = (4 if d.post_norms else 2) * d.hidden_size
+    return embedding + d.num_layers * (attention + mlp + norms) + d.hidden_size
 
 
 def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -> DecoderConfig:

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import KV_BLOCK, SampledTokens, philox_uniform, plan_tiles, sample_tokens
+from kernels import KV_BLOCK, SampledTokens, philox_uniform, sample_tokens
 from rollout_engine.kv_cache import KVCache
-from rollout_engine.models.context import PagedAttention
+from rollout_engine.models.context import PagedAttention, TilePlans
 from rollout_engine.models.decoder import Decoder
 from rollout_engine.scheduler import Chunk, Schedule
 
@@ -52,12 +52,12 @@ class Runner:
         slots = tables[row_of, positions // size] * size + positions % size
         per_page = size // KV_BLOCK
         blocks = (tables[:, :, None] * per_page + np.arange(per_page)).reshape(len(chunks), -1)
-        plan = plan_tiles(lengths, ends, blocks, self.device)
+        plans = TilePlans(lengths, ends, blocks, self.device)
 
         def tensor(x: np.ndarray) -> Tensor:
             return torch.from_numpy(x).to(self.device)
 
-        ctx = PagedAttention(tensor(positions), tensor(slots), *self.kv_cache.storage(), plan)
+        ctx = PagedAttention(tensor(positions), tensor(slots), *self.kv_cache.storage(), plans)
         return torch.tensor(tokens, device=self.device), ctx
 
     def _sample(self, hidden: Tensor, chunks: list[Chunk]) -> SampledTokens | None:

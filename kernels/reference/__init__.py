@@ -7,7 +7,7 @@ Three habits buy that:
 
 * matrix products see a multiple of eight rows of whole 16-byte groups (:func:`linear`) or a fixed
   32-key block (:func:`attend_blocks`);
-* elementwise code uses only exp, log, cos, sin, rsqrt and + - * /, whose vector body and tail
+* elementwise code uses only exp, log, tanh, cos, sin, rsqrt and + - * /, whose vector body and tail
   agree (``F.silu``, ``sigmoid`` and ``pow`` do not);
 * a reduction runs along the last axis of at least eight rows.
 
@@ -16,6 +16,7 @@ Three habits buy that:
 
 from kernels.reference.attention import (
     KV_BLOCK,
+    AttentionKind,
     TileBatch,
     attend_blocks,
     attend_paged,
@@ -23,18 +24,20 @@ from kernels.reference.attention import (
     plan_tiles,
     store_kv,
 )
-from kernels.reference.dense import add_rms_norm, linear, rms_norm, rope, rope_tables, swiglu
+from kernels.reference.dense import add_rms_norm, geglu, linear, rms_norm, rope, rope_tables, swiglu
 from kernels.reference.logprobs import distribution, logits, token_logprobs
 from kernels.reference.sampling import SampledTokens, philox_uniform, sample_tokens
 
 __all__ = [
     "KV_BLOCK",
+    "AttentionKind",
     "SampledTokens",
     "TileBatch",
     "add_rms_norm",
     "attend_blocks",
     "attend_paged",
     "distribution",
+    "geglu",
     "linear",
     "logits",
     "packed_attention",

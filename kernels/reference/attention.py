@@ -6,7 +6,8 @@ Bitwise agreement between the two comes from the shape of the computation, not f
   same block whether it was prefilled, decoded, cached or packed;
 * a score and a partial output are rows of a batched matmul with a fixed 32-key side; a row's bits do not
   depend on how many rows stand beside it (asserted by ``kernels.exactness``);
-* the maximum is taken over all visible blocks first, and block sums are added in block order.
+* the maximum is taken over all visible blocks first, and block sums are added in block order; a block that
+  is wholly masked for a row adds exactly 0, so it doesn't matter which blocks a tile skips.
 
 Axes: T tokens, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head dim, N tiles, Q tokens a tile,
 R = rows a tile (Q * G, padded to a multiple of four), P (tile, block) pairs, B = ``KV_BLOCK``.
@@ -29,11 +30,27 @@ MAX_PAIRS = 4096  # (tile, block) pairs held at a time: bounds the scratch memor
 
 
 @dataclass(frozen=True)
+class AttentionKind:
+    """How a layer turns scores into weights, beyond causality.
+
+    ``scale``: of ``q . k``; None is 1 / sqrt(D). ``softcap``: scores become ``softcap * tanh(score / softcap)``
+    (Gemma 2, 2024). ``window``: newest keys that a query sees, its own included (Mistral 7B, Jiang et al. 2023).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+
+
+CAUSAL = AttentionKind()
+
+
+@dataclass(frozen=True)
 class TileBatch:
     """Tiles of query tokens and the KV blocks that each of them sees, level by level.
 
-    Tiles are sorted by block count, most first; pairs are ordered by level (block number within the
-    sequence), so the pairs of level j are those of tiles ``0 .. level_sizes[j]`` and adding level after
+    Tiles are sorted by block count, most first; pairs are ordered by level (block number counted from the first
+    that the tile sees), so the pairs of level j are those of tiles ``0 .. level_sizes[j]`` and adding level after
     level is adding blocks in order.
     """
 
@@ -51,12 +68,15 @@ def plan_tiles(
     context_lens: Sequence[int] | np.ndarray,
     block_tables: Sequence[Sequence[int]] | np.ndarray,
     device: torch.device | str = "cpu",
+    window: int | None = None,
 ) -> tuple[TileBatch, ...]:
     """Divide the queries of a batch into tiles. Sequence i brings its last ``num_queries[i]`` tokens.
 
     ``context_lens[i]`` counts all its tokens, those included; ``block_tables[i]`` lists its KV blocks (of
     32 keys) in order, at least ceil(context_len / 32) of them. Queries lie packed, sequence by sequence.
     Decode rows (one query) and longer pieces go to separate batches, since they want different tiles.
+    With a ``window``, blocks that lie wholly before it are left out; what a row sees inside a block is masked by
+    :class:`AttentionKind`, so such a plan serves windows up to this one.
     """
     queries = np.asarray(num_queries, dtype=np.int64)
     context = np.asarray(context_lens, dtype=np.int64)
@@ -76,14 +96,16 @@ def plan_tiles(
         seq = np.repeat(seqs, per_seq)
         first = (np.arange(len(seq)) - np.repeat(np.cumsum(per_seq) - per_seq, per_seq)) * width
         last = np.minimum(first + width, queries[seq])  # exclusive, in queries of the sequence
-        blocks = -(-(context[seq] - queries[seq] + last) // KV_BLOCK)
+        offset = context[seq] - queries[seq]
+        skipped = np.zeros_like(seq) if window is None else np.maximum(offset + first + 1 - window, 0) // KV_BLOCK
+        blocks = -(-(offset + last) // KV_BLOCK) - skipped
         order = np.argsort(-blocks, kind="stable")
-        seq, first, last, blocks = seq[order], first[order], last[order], blocks[order]
+        seq, first, last, blocks, skipped = (x[order] for x in (seq, first, last, blocks, skipped))
         begin = 0
         while begin < len(seq):
             end = begin + max(1, MAX_PAIRS // int(blocks[begin]))
             part = slice(begin, end)
-            tile = (seq[part], first[part], last[part], blocks[part])
+            tile = (seq[part], first[part], last[part], blocks[part], skipped[part])
             batches.append(_tile_batch(*tile, width, starts, context - queries, tables, device))
             begin = end
     return tuple(batches)
@@ -94,6 +116,7 @@ def _tile_batch(
     first: np.ndarray,
     last: np.ndarray,
     blocks: np.ndarray,
+    skipped: np.ndarray,
     width: int,
     starts: np.ndarray,
     offsets: np.ndarray,
@@ -105,7 +128,7 @@ def _tile_batch(
     index = np.minimum(index, last[:, None] - 1)
     level_sizes = [int((blocks > j).sum()) for j in range(int(blocks[0]))]
     pair_tile = np.concatenate([np.arange(n) for n in level_sizes])
-    level = np.repeat(np.arange(len(level_sizes)), level_sizes)
+    block = skipped[pair_tile] + np.repeat(np.arange(len(level_sizes)), level_sizes)
 
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device)
@@ -115,8 +138,8 @@ def _tile_batch(
         positions=tensor(offsets[seq][:, None] + index),
         valid=tensor(valid),
         pair_tile=tensor(pair_tile),
-        pair_block=tensor(tables[seq[pair_tile], level]),
-        pair_start=tensor(level * KV_BLOCK),
+        pair_block=tensor(tables[seq[pair_tile], block]),
+        pair_start=tensor(block * KV_BLOCK),
         level_sizes=tuple(level_sizes),
     )
 
@@ -158,14 +181,18 @@ def _scatter_tiles(rows: Tensor, tiles: TileBatch, out: Tensor) -> None:
     out[tiles.tokens[tiles.valid]] = rows.flatten(2, 3)[tiles.valid]
 
 
-def _scores(rows: Tensor, keys: Tensor, tiles: TileBatch) -> Tensor:
-    """Masked scores [P, Hkv, R, B] of pre-scaled query rows [N, Hkv, R, D] against keys [P * Hkv, B, D]."""
+def _scores(rows: Tensor, keys: Tensor, tiles: TileBatch, kind: AttentionKind) -> Tensor:
+    """Masked fp32 scores [P, Hkv, R, B] of pre-scaled query rows [N, Hkv, R, D] against keys [P * Hkv, B, D]."""
     _, heads, r, _ = rows.shape
-    s = torch.bmm(rows[tiles.pair_tile].flatten(0, 1), keys.transpose(1, 2)).view(-1, heads, r, KV_BLOCK)
+    s = torch.bmm(rows[tiles.pair_tile].flatten(0, 1), keys.transpose(1, 2)).view(-1, heads, r, KV_BLOCK).float()
+    if kind.softcap is not None:
+        s.div_(kind.softcap).tanh_().mul_(kind.softcap)
     q = tiles.positions.shape[1]
-    row_position = tiles.positions.repeat_interleave(r // q, 1)
-    key_position = tiles.pair_start[:, None] + torch.arange(KV_BLOCK, device=s.device)
-    hidden = key_position[:, None, :] > row_position[tiles.pair_tile][:, :, None]
+    row_position = tiles.positions.repeat_interleave(r // q, 1)[tiles.pair_tile][:, :, None]
+    key_position = (tiles.pair_start[:, None] + torch.arange(KV_BLOCK, device=s.device))[:, None, :]
+    hidden = key_position > row_position
+    if kind.window is not None:
+        hidden |= key_position <= row_position - kind.window
     return s.masked_fill_(hidden[:, None], -torch.inf)
 
 
@@ -188,19 +215,29 @@ def _max_levels(parts: Tensor, tiles: TileBatch) -> Tensor:
     return best
 
 
+def _scale(kind: AttentionKind, head_dim: int) -> float:
+    return 1 / math.sqrt(head_dim) if kind.scale is None else kind.scale
+
+
 def attend_blocks(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Sequence[TileBatch], lse: Tensor | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: Sequence[TileBatch],
+    kind: AttentionKind = CAUSAL,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention of q [T, Hq, D] over KV pages [pages, Hkv, page, D], page a multiple of 32.
 
-    Returns [T, Hq, D]. ``lse`` [T, Hq, 1] fp32, if given, receives the log-sum-exp of the scaled scores.
+    Returns [T, Hq, D]. ``lse`` [T, Hq, 1] fp32, if given, receives the log-sum-exp of the scores as ``kind``
+    makes them. ``plan`` must cover ``kind.window``.
     Pages must hold finite values everywhere (0 * NaN is NaN): allocate them zeroed.
     """
-    kv_heads, scale = k_cache.shape[1], 1 / math.sqrt(q.shape[2])
-    out, scaled = torch.empty_like(q), q * scale
+    kv_heads = k_cache.shape[1]
+    out, scaled = torch.empty_like(q), q * _scale(kind, q.shape[2])
     for tiles in plan:
         rows = _gather_tiles(scaled, tiles, kv_heads)
-        s = _scores(rows, _gather_blocks(k_cache, tiles.pair_block), tiles).float()
+        s = _scores(rows, _gather_blocks(k_cache, tiles.pair_block), tiles, kind)
         peak = _max_levels(s.amax(-1), tiles)
         p = torch.exp(s - peak[tiles.pair_tile][..., None])
         mass = _add_levels(p.sum(-1), tiles)[..., None]
@@ -213,32 +250,46 @@ def attend_blocks(
 
 
 def attend_paged(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, plan: Sequence[TileBatch]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    plan: Sequence[TileBatch],
+    kind: AttentionKind = CAUSAL,
 ) -> Tensor:
     """Store this step's k, v [T, Hkv, D] in the pages, then attend. The engine's attention; no autograd."""
     store_kv(k, v, k_cache, v_cache, slots)
-    return attend_blocks(q, k_cache, v_cache, plan)
+    return attend_blocks(q, k_cache, v_cache, plan, kind)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, num_blocks: int, plan: Sequence[TileBatch]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        num_blocks: int,
+        plan: Sequence[TileBatch],
+        kind: AttentionKind,
     ) -> Tensor:
         shape = (num_blocks, k.shape[1], KV_BLOCK, k.shape[2])
         k_blocks, v_blocks = k.new_zeros(shape), v.new_zeros(shape)
         store_kv(k, v, k_blocks, v_blocks, slots)
         lse = q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
-        out = attend_blocks(q, k_blocks, v_blocks, plan, lse)
+        out = attend_blocks(q, k_blocks, v_blocks, plan, kind, lse)
         ctx.save_for_backward(q, k_blocks, v_blocks, slots, out, lse)
-        ctx.plan = plan
+        ctx.plan, ctx.kind = plan, kind
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k_blocks, v_blocks, slots, out, lse = ctx.saved_tensors
         dout = grads[0].contiguous()
-        kv_heads, scale = k_blocks.shape[1], 1 / math.sqrt(q.shape[2])
+        kv_heads, scale = k_blocks.shape[1], _scale(ctx.kind, q.shape[2])
         delta = (dout.float() * out.float()).sum(-1, keepdim=True)
         dq, scaled = torch.empty_like(q), q * scale
         dk = torch.zeros_like(k_blocks, dtype=torch.float32)
@@ -251,18 +302,23 @@ class _PackedAttention(torch.autograd.Function):
             # Rows that only fill a tile repeat its last token; without an upstream gradient they add nothing.
             valid = _row_valid(tiles, rows.shape[2])
             drows = _gather_tiles(dout, tiles, kv_heads) * valid.to(q.dtype)
-            s = _scores(rows, keys, tiles).float()
+            s = _scores(rows, keys, tiles, ctx.kind)
             p = torch.exp(s - _gather_tiles(lse, tiles, kv_heads)[pair]).flatten(0, 1)
             dpair, rpair = drows[pair].flatten(0, 1), rows[pair].flatten(0, 1)
             dp = torch.bmm(dpair, values.transpose(1, 2)).float()
-            ds = (p * (dp - (_gather_tiles(delta, tiles, kv_heads) * valid)[pair].flatten(0, 1))).to(q.dtype)
+            ds = p * (dp - (_gather_tiles(delta, tiles, kv_heads) * valid)[pair].flatten(0, 1))
+            if ctx.kind.softcap is not None:
+                # d softcap * tanh(x) / dx = 1 - tanh^2; a masked score of -inf becomes -1, so its slope is 0, not NaN
+                tanh = s.div_(ctx.kind.softcap).clamp_(min=-1).flatten(0, 1)
+                ds.mul_(1 - tanh * tanh)
+            ds = ds.to(q.dtype)
             shape = (len(pair), kv_heads)
             _scatter_tiles(_add_levels(torch.bmm(ds, keys).unflatten(0, shape), tiles) * scale, tiles, dq)
             block = (len(pair), kv_heads, KV_BLOCK, -1)
             dk.index_add_(0, tiles.pair_block, torch.bmm(ds.transpose(1, 2), rpair).float().view(block))
             dv.index_add_(0, tiles.pair_block, torch.bmm(p.to(q.dtype).transpose(1, 2), dpair).float().view(block))
         block_id, offset = slots // KV_BLOCK, slots % KV_BLOCK
-        return dq, dk[block_id, :, offset].to(q.dtype), dv[block_id, :, offset].to(q.dtype), None, None, None
+        return dq, dk[block_id, :, offset].to(q.dtype), dv[block_id, :, offset].to(q.dtype), None, None, None, None
 
 
 def _row_valid(tiles: TileBatch, num_rows: int) -> Tensor:
@@ -273,7 +329,13 @@ def _row_valid(tiles: TileBatch, num_rows: int) -> Tensor:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, num_blocks: int, plan: Sequence[TileBatch]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    num_blocks: int,
+    plan: Sequence[TileBatch],
+    kind: AttentionKind = CAUSAL,
 ) -> Tensor:
     """Causal attention within packed sequences; differentiable, never holds [T, T].
 
@@ -282,4 +344,4 @@ def packed_attention(
     Same bits as :func:`attend_paged` over any pages and chunks. The backward recomputes the scores
     (FlashAttention-2, Dao 2023) and is deterministic on CPU.
     """
-    return _PackedAttention.apply(q, k, v, slots, num_blocks, plan)
+    return _PackedAttention.apply(q, k, v, slots, num_blocks, plan, kind)

@@ -1,4 +1,4 @@
-"""Linear, RMSNorm, RoPE and SwiGLU, forward and backward.
+"""Linear, RMSNorm, RoPE and the gated activations, forward and backward.
 
 Axes: T tokens, H hidden, N heads, D head dim, I MLP width.
 """
@@ -32,10 +32,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
         wide = x.float()
         inv = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inv)
+        ctx.offset = offset
+        if offset:
+            return (wide * inv * (weight.float() + 1)).to(x.dtype)
         return (wide * inv).to(x.dtype) * weight
 
     @staticmethod
@@ -44,24 +47,27 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inv = ctx.saved_tensors
         normed = x.float() * inv
         dy = dy.float()
-        g = dy * weight.float()
+        g = dy * (weight.float() + 1 if ctx.offset else weight.float())
         dx = inv * (g - normed * (g * normed).mean(-1, keepdim=True))
         dw = (dy * normed).flatten(0, -2).sum(0)
-        return dx.to(x.dtype), dw.to(weight.dtype), None
+        return dx.to(x.dtype), dw.to(weight.dtype), None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis, in fp32 (Zhang & Sennrich 2019).
 
-    x [..., D], weight [D] -> [..., D] in x's dtype.
+    x [..., D], weight [D] -> [..., D] in x's dtype. With ``offset`` the factor is ``1 + weight``, in fp32
+    (Gemma): bf16 resolves a weight near 0 far better than one near 1.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, offset)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: bool = False
+) -> tuple[Tensor, Tensor]:
     """``h = x + residual``; returns ``(rms_norm(h), h)``, both [T, H]."""
     h = x + residual
-    return rms_norm(h, weight, eps), h
+    return rms_norm(h, weight, eps, offset), h
 
 
 def rope_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,15 +102,17 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.float().chunk(2, -1)
+    turning = 2 * cos.shape[-1]
+    a, b = x[..., :turning].float().chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return torch.cat((turned, x[..., turning:]), -1) if turning < x.shape[-1] else turned
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, half-split layout (Su et al. 2021; the layout of Hugging Face checkpoints).
 
-    x [T, N, D], cos and sin [T, D/2] fp32 -> [T, N, D] in x's dtype.
+    x [T, N, D], cos and sin [T, R/2] fp32 -> [T, N, D] in x's dtype. Elements from R on pass unturned.
     """
     return _Rope.apply(x, cos, sin)
 
@@ -136,3 +144,39 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer 2020). gate_up [T, 2I], gate first -> [T, I]."""
     return _SwiGLU.apply(gate_up)
+
+
+GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.float().chunk(2, -1)
+        tanh = torch.tanh(GELU_SCALE * (gate + GELU_CUBIC * (gate * gate * gate)))
+        return (tanh.add_(1).mul_(gate).mul_(0.5).mul_(up)).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (gate_up,) = ctx.saved_tensors
+        dy = grads[0].float()
+        gate, up = gate_up.float().chunk(2, -1)
+        square = gate * gate
+        tanh = torch.tanh(GELU_SCALE * (gate + GELU_CUBIC * (square * gate)))
+        dgate_up = torch.empty_like(gate_up, dtype=torch.float32)
+        dgate, dup = dgate_up.chunk(2, -1)
+        half = 0.5 * (1 + tanh)
+        torch.mul(dy, gate * half, out=dup)
+        # d gate * (1 + tanh(u)) / 2 = (1 + tanh) / 2 + gate * (1 - tanh^2) / 2 * du
+        inner = GELU_SCALE * (1 + 3 * GELU_CUBIC * square)
+        torch.mul(half + 0.5 * gate * (1 - tanh * tanh) * inner, up * dy, out=dgate)
+        return dgate_up.to(gate_up.dtype)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """``gelu(gate) * up`` (Shazeer 2020), GELU by its tanh form (Hendrycks & Gimpel 2016).
+
+    gate_up [T, 2I], gate first -> [T, I].
+    """
+    return _GeGLU.apply(gate_up)

@@ -7,7 +7,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-_NOT_FAMILIES = {"checkpoint", "config", "context", "decoder"}
+_NOT_FAMILIES = {"checkpoint", "config", "context", "decoder", "rope"}
 
 
 def families() -> list[str]:

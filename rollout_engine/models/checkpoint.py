@@ -25,6 +25,7 @@ from rollout_engine.models.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+MULTIMODAL = {"gemma3"}  # model types whose text half is loaded, and alone
 SHARD_BYTES = 5_000_000_000
 
 
@@ -52,7 +53,10 @@ def resolve(path: str | Path, revision: str = "main") -> Path:
 
 
 def load_hf_config(folder: Path) -> Any:
-    """The checkpoint's transformers config. Raises ValueError where it is missing or transformers refuses it."""
+    """The checkpoint's transformers config; of a multimodal one, that of its text half.
+
+    Raises ValueError where it is missing or transformers refuses it.
+    """
     from transformers import AutoConfig
 
     if not (folder / "config.json").exists():
@@ -60,9 +64,15 @@ def load_hf_config(folder: Path) -> Any:
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
         raise ValueError(f"{folder} holds quantised weights, which aren't supported; use the unquantised checkpoint")
     try:
-        return AutoConfig.from_pretrained(folder)
+        hf_config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers has many kinds
         raise ValueError(f"{folder / 'config.json'} is not a config that transformers accepts: {error}") from error
+    if hf_config.model_type not in MULTIMODAL:
+        return hf_config
+    text = hf_config.get_text_config()
+    text.tie_word_embeddings = hf_config.tie_word_embeddings
+    text.eos_token_id = hf_config.to_dict().get("eos_token_id", text.eos_token_id)
+    return text
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -139,44 +149,46 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def open_weights(folder: Path, names: NameMap) -> dict[str, Any]:
-    """A reader for every checkpoint tensor that ``names`` calls for. Reads headers only.
+    """Every checkpoint tensor, unread, by the name it has in a text model. Reads headers only.
 
-    Raises ValueError for missing, truncated or damaged files and for missing tensors.
+    Raises ValueError for missing, truncated or damaged files and for tensors that ``names`` calls for in vain.
     """
-    readers: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for file in _weight_files(folder):
         try:
             reader = safe_open(file, framework="pt")
         except SafetensorError as error:
             size = file.stat().st_size
             raise ValueError(f"{file} is truncated or damaged ({size} bytes: {error}); download it again") from error
-        readers.update(dict.fromkeys(reader.keys(), reader))
-    missing = sorted(part for parts in names.values() for part in parts if part not in readers)
+        # The text half of a multimodal checkpoint: language_model.model.* as published, model.language_model.* since.
+        tensors.update({name.replace("language_model.", "", 1): reader.get_slice(name) for name in reader.keys()})
+    missing = sorted(part for parts in names.values() for part in parts if part not in tensors)
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors that its config.json calls for, first {missing[0]!r}")
-    return readers
+    return tensors
 
 
 def _read_weights(decoder: Decoder, folder: Path, names: NameMap) -> None:
-    readers = open_weights(folder, names)
+    tensors = open_weights(folder, names)
     with torch.no_grad():
         for ours, parts in names.items():
             parameter = decoder.get_parameter(ours)
-            for part, target in zip(parts, parameter.split(part_rows(decoder, ours)), strict=True):
-                found, wanted = tuple(readers[part].get_slice(part).get_shape()), tuple(target.shape)
+            for part, target in zip(parts, parameter.split(part_rows(decoder, ours, parts)), strict=True):
+                found, wanted = tuple(tensors[part].get_shape()), tuple(target.shape)
                 if found != wanted:
                     raise ValueError(
                         f"{part} has shape {found} in the checkpoint, but its config.json makes it {wanted}"
                     )
-                target.copy_(readers[part].get_tensor(part))
+                target.copy_(tensors[part][:])
 
 
-def part_rows(decoder: Decoder, ours: str) -> list[int]:
+def part_rows(decoder: Decoder, ours: str, parts: tuple[str, ...]) -> list[int]:
     """Rows of each checkpoint tensor that our parameter is made of."""
+    if len(parts) == 1:
+        return [decoder.get_parameter(ours).shape[0]]
     config = decoder.config
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    fused = {"qkv_proj": [q, kv, kv], "gate_up_proj": [config.intermediate_size] * 2}
-    return fused.get(ours.split(".")[-2], [decoder.get_parameter(ours).shape[0]])
+    return {"qkv_proj": [q, kv, kv], "gate_up_proj": [config.intermediate_size] * 2}[ours.split(".")[-2]]
 
 
 def export_tensors(decoder: Decoder, hf_config: Any) -> dict[str, Tensor]:
@@ -184,7 +196,7 @@ def export_tensors(decoder: Decoder, hf_config: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for ours, parts in family(hf_config).name_map(decoder.config).items():
         value = decoder.get_parameter(ours).detach().cpu()
-        for part, piece in zip(parts, value.split(part_rows(decoder, ours)), strict=True):
+        for part, piece in zip(parts, value.split(part_rows(decoder, ours, parts)), strict=True):
             tensors[part] = piece.clone()
     return tensors
 

@@ -1,6 +1,6 @@
 """Attention contexts: the one argument by which trainer and engine differ.
 
-A layer calls ``ctx.attend(layer, q, k, v)`` and knows nothing else. Contexts are immutable and built
+A layer calls ``ctx.attend(layer, q, k, v, kind)`` and knows nothing else. Contexts are immutable and built
 once per forward.
 """
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import KV_BLOCK, TileBatch, attend_paged, packed_attention, plan_tiles
+from kernels import KV_BLOCK, AttentionKind, TileBatch, attend_paged, packed_attention, plan_tiles
 
 
 class AttentionContext(Protocol):
@@ -21,8 +22,30 @@ class AttentionContext(Protocol):
     def positions(self) -> Tensor:
         """[T] int64 position of each token in its sequence."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
         """q [T, Hq, D], k and v [T, Hkv, D], already rotated -> [T, Hq, D]."""
+
+
+class TilePlans:
+    """The batch's tiles, planned once per window and forward, when the first layer with that window asks.
+
+    Arguments as in :func:`kernels.plan_tiles`.
+    """
+
+    def __init__(
+        self,
+        num_queries: Sequence[int] | np.ndarray,
+        context_lens: Sequence[int] | np.ndarray,
+        block_tables: np.ndarray,
+        device: torch.device | str,
+    ) -> None:
+        self._batch = (num_queries, context_lens, block_tables, device)
+        self._plans: dict[int | None, tuple[TileBatch, ...]] = {}
+
+    def __getitem__(self, window: int | None) -> tuple[TileBatch, ...]:
+        if window not in self._plans:
+            self._plans[window] = plan_tiles(*self._batch, window=window)
+        return self._plans[window]
 
 
 @dataclass(frozen=True)
@@ -32,7 +55,7 @@ class PackedAttention:
     positions: Tensor
     slots: Tensor  # [T] int64
     num_blocks: int
-    plan: tuple[TileBatch, ...]
+    plans: TilePlans
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedAttention:
@@ -42,11 +65,11 @@ class PackedAttention:
         positions = torch.cat([torch.arange(n) for n in lengths])
         slots = torch.repeat_interleave(first * KV_BLOCK, lens) + positions
         tables = (first[:, None] + torch.arange(int(blocks.max()))).numpy()
-        plan = plan_tiles(lengths, lengths, tables, device)
-        return cls(positions.to(device), slots.to(device), int(blocks.sum()), plan)
+        plans = TilePlans(lengths, lengths, tables, device)
+        return cls(positions.to(device), slots.to(device), int(blocks.sum()), plans)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, self.slots, self.num_blocks, self.plan)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+        return packed_attention(q, k, v, self.slots, self.num_blocks, self.plans[kind.window], kind)
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,8 @@ class PagedAttention:
     slots: Tensor  # [T] int64
     k_cache: Tensor  # [layers, pages, Hkv, page, D]
     v_cache: Tensor
-    plan: tuple[TileBatch, ...]
+    plans: TilePlans
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend_paged(q, k, v, self.k_cache[layer], self.v_cache[layer], self.slots, self.plan)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+        k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
+        return attend_paged(q, k, v, k_cache, v_cache, self.slots, self.plans[kind.window], kind)

@@ -5,17 +5,17 @@ Axes: T tokens of the call (no batch axis, no padding), H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import add_rms_norm, linear, logits, rms_norm, rope, rope_tables, swiglu, token_logprobs
-from kernels.reference.dense import llama3_inv_freq
+from kernels import add_rms_norm, geglu, linear, logits, rms_norm, rope, swiglu, token_logprobs
 from rollout_engine.models.config import DecoderConfig
 from rollout_engine.models.context import AttentionContext
+from rollout_engine.models.rope import cos_sin
+
+GATED = {"silu": swiglu, "gelu_tanh": geglu}
 
 
 class Linear(nn.Module):
@@ -40,32 +40,45 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    """The weight is stored as the checkpoint has it: with ``offset``, 1 is added inside the op."""
+
+    def __init__(self, size: int, eps: float, offset: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.offset = offset
+        self.reset()
+
+    def reset(self) -> None:
+        """To a factor of 1."""
+        nn.init.constant_(self.weight, 0 if self.offset else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and the sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.kind = config.attention_kind(layer)
         self.head_dim = config.head_dim
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * config.head_dim, config.attention_bias)
         self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.norm_offset) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.norm_offset) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ctx: AttentionContext) -> Tensor:
         heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         q, k, v = heads.split(self.heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = ctx.attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v)
+        out = ctx.attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v, self.kind)
         return self.o_proj(out.reshape(len(x), -1))
 
 
@@ -74,9 +87,10 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.gated = GATED[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.down_proj(self.gated(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -84,17 +98,20 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = (config.hidden_size, config.norm_eps, config.norm_offset)
+        self.attention_norm = RMSNorm(*norm)
+        self.mlp_norm = RMSNorm(*norm)
+        self.post_attention_norm = RMSNorm(*norm) if config.post_norms else nn.Identity()
+        self.post_mlp_norm = RMSNorm(*norm) if config.post_norms else nn.Identity()
 
     def forward(
         self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, ctx: AttentionContext
     ) -> tuple[Tensor, Tensor]:
         """``x`` is the previous sublayer's output, not yet added to ``residual``."""
-        normed, residual = add_rms_norm(x, residual, self.attention_norm.weight, self.attention_norm.eps)
-        x = self.attention(normed, cos, sin, ctx)
-        normed, residual = add_rms_norm(x, residual, self.mlp_norm.weight, self.mlp_norm.eps)
-        return self.mlp(normed), residual
+        normed, residual = self.attention_norm.add(x, residual)
+        x = self.post_attention_norm(self.attention(normed, cos, sin, ctx))
+        normed, residual = self.mlp_norm.add(x, residual)
+        return self.post_mlp_norm(self.mlp(normed)), residual
 
 
 class LogProbHead(nn.Module):
@@ -104,14 +121,15 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.num_tokens = num_tokens
+        self.softcap = config.logit_softcap
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> fp32 [R, V]."""
-        return logits(hidden, self.weight, self.num_tokens)
+        return logits(hidden, self.weight, self.num_tokens, self.softcap)
 
     def forward(self, hidden: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [R, H], targets [R], temperature [R] -> log-prob of the target and entropy, fp32 [R]."""
-        return token_logprobs(hidden, self.weight, targets, temperature, self.num_tokens)
+        return token_logprobs(hidden, self.weight, targets, temperature, self.num_tokens, self.softcap)
 
 
 class Decoder(nn.Module):
@@ -132,7 +150,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.head = LogProbHead(config, num_tokens)
         if config.tie_embeddings:
             self.head.weight = self.embed_tokens.weight
@@ -140,15 +158,19 @@ class Decoder(nn.Module):
 
     def hidden(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
         """token_ids [T] -> final-normed hidden states [T, H]; row t predicts the token after t."""
-        cos, sin = rope_tables(ctx.positions, inv_freq(self.config, token_ids.device))
+        kinds = dict.fromkeys(layer.rope for layer in self.config.layers)
+        tables = {kind: cos_sin(ctx.positions, kind) for kind in kinds}
         residual = self.embed_tokens(token_ids)
+        if self.config.embedding_scale is not None:
+            residual = residual * residual.new_tensor(self.config.embedding_scale)  # in its dtype, as transformers does
         x = torch.zeros_like(residual)
-        for layer in self.layers:
+        for layer, config in zip(self.layers, self.config.layers, strict=True):
+            inputs = (x, residual, *tables[config.rope], ctx)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpoint(layer, x, residual, cos, sin, ctx, use_reentrant=False)
+                x, residual = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x, residual = layer(x, residual, cos, sin, ctx)
-        normed, _ = add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
+                x, residual = layer(*inputs)
+        normed, _ = self.norm.add(x, residual)
         return normed
 
     def forward(
@@ -161,27 +183,11 @@ class Decoder(nn.Module):
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Normal(0, std) matrices, zero biases, unit norms: the usual start of a model from scratch."""
         generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.reset()
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.zero_()
-            else:
+            elif parameter.dim() > 1:
                 parameter.normal_(0, std, generator=generator)
-
-
-@functools.lru_cache
-def inv_freq(config: DecoderConfig, device: torch.device) -> Tensor:
-    """RoPE frequencies, fp32 [D/2]. Not a buffer: that would follow the module to bf16, and angles need fp32."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    plain = 1.0 / (config.rope_theta**exponent)
-    s = config.rope_scaling
-    if s is not None:
-        plain = llama3_inv_freq(
-            plain,
-            factor=s.factor,
-            low=s.low_freq_factor,
-            high=s.high_freq_factor,
-            original=s.original_max_position,
-        )
-    return plain.to(device)

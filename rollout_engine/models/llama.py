@@ -1,53 +1,78 @@
-"""Family ``llama``: Llama 2/3 and everything that publishes ``model_type: llama``."""
+"""Family ``llama``: Llama 2/3 and everything that publishes ``model_type: llama``.
+
+Also what its descendants share with it; a family's own file says where it differs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from rollout_engine.models.config import DecoderConfig, Llama3Scaling, NameMap
+from rollout_engine.models.config import DecoderConfig, LayerConfig, NameMap
+from rollout_engine.models.rope import rope_config
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def decoder_config(hf: Any) -> DecoderConfig:
-    """From a transformers ``LlamaConfig``. Raises ValueError for a RoPE type that isn't built."""
-    return grouped_query_config(hf, mlp_bias=hf.mlp_bias)
-
-
-def grouped_query_config(hf: Any, *, mlp_bias: bool, qk_norm: bool = False) -> DecoderConfig:
-    """The fields that Llama and its descendants name alike, and the switches that tell them apart."""
-    if hf.hidden_act != "silu":
-        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported; the MLP is built for 'silu'")
-    return DecoderConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=hf.head_dim,
-        max_position=hf.max_position_embeddings,
-        norm_eps=hf.rms_norm_eps,
-        rope_theta=hf.rope_parameters["rope_theta"],
-        rope_scaling=rope_scaling(hf.rope_parameters),
-        tie_embeddings=hf.tie_word_embeddings,
-        attention_bias=hf.attention_bias,
-        output_bias=hf.attention_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
+    """From a transformers ``LlamaConfig``. Raises ValueError for an activation or RoPE type that isn't built."""
+    return grouped_query_config(
+        hf, attention_bias=hf.attention_bias, output_bias=hf.attention_bias, mlp_bias=hf.mlp_bias
     )
 
 
-def rope_scaling(parameters: dict[str, Any]) -> Llama3Scaling | None:
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported; choose a checkpoint with 'default' or 'llama3' RoPE")
-    return Llama3Scaling(
-        factor=parameters["factor"],
-        low_freq_factor=parameters["low_freq_factor"],
-        high_freq_factor=parameters["high_freq_factor"],
-        original_max_position=parameters["original_max_position_embeddings"],
-    )
+def grouped_query_config(
+    hf: Any,
+    *,
+    activation: str | None = None,
+    windows: Sequence[int | None] | None = None,
+    layers: tuple[LayerConfig, ...] | None = None,
+    **family: Any,
+) -> DecoderConfig:
+    """The fields that Llama and its descendants name alike, and those that the family sets.
+
+    Args:
+        activation: transformers' name of it; ``hf.hidden_act`` where not given.
+        windows: sliding window of each layer, None for full attention; all full where not given.
+        layers: for a family whose layers differ in more than that.
+        **family: further fields of :class:`DecoderConfig`.
+    """
+    activation = activation or hf.hidden_act
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {activation!r} is not supported; the MLP is built for {sorted(ACTIVATIONS)}")
+    if layers is None:
+        rope = rope_config(hf.rope_parameters, head_dim(hf), hf.max_position_embeddings)
+        layers = tuple(LayerConfig(rope, window) for window in windows or [None] * hf.num_hidden_layers)
+    fields = {
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "intermediate_size": hf.intermediate_size,
+        "layers": layers,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": hf.num_key_value_heads,
+        "head_dim": head_dim(hf),
+        "max_position": hf.max_position_embeddings,
+        "norm_eps": hf.rms_norm_eps,
+        "tie_embeddings": hf.tie_word_embeddings,
+        "activation": ACTIVATIONS[activation],
+    }
+    return DecoderConfig(**{**fields, **family})
+
+
+def head_dim(hf: Any) -> int:
+    """Qwen2 and Phi-3 configs may leave it out."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def layer_windows(hf: Any) -> list[int | None]:
+    """Sliding window of each layer where a config lists ``layer_types``. Raises ValueError for another type."""
+    kinds = {"full_attention": None, "sliding_attention": hf.sliding_window}
+    for kind in hf.layer_types:
+        if kind not in kinds:
+            raise ValueError(f"layer type {kind!r} is not supported; choose a checkpoint with {sorted(kinds)}")
+        if kind == "sliding_attention" and hf.sliding_window is None:
+            raise ValueError("config.json has layers of type 'sliding_attention' but no sliding_window; give one")
+    return [kinds[kind] for kind in hf.layer_types]
 
 
 def name_map(config: DecoderConfig) -> NameMap:
