@@ -13,16 +13,35 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kernels.reference import attend_paged, distribution, linear, plan_tiles, rms_norm, rope, rope_tables, swiglu
+from kernels.reference import (
+    AttentionKind,
+    attend_paged,
+    distribution,
+    geglu,
+    linear,
+    plan_tiles,
+    rms_norm,
+    rope,
+    rope_tables,
+    swiglu,
+)
 
 ROW_COUNTS = (1, 3, 8, 17, 40)
+ATTENTION_KINDS = (AttentionKind(), AttentionKind(scale=0.1, softcap=3.0, window=25))
 
 
 def check_exact(
-    linear_shapes: Iterable[tuple[int, int]], *, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    linear_shapes: Iterable[tuple[int, int]],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    biased_shapes: Iterable[tuple[int, int]] = (),
 ) -> None:
     """Compare rows computed alone and in company, for each (out, in) linear and the attention shape.
 
+    ``biased_shapes``: those of the linears that have a bias.
     Raises RuntimeError naming the op that depends on the batch; the way out is ``numerics: fast``.
     """
     generator = torch.Generator().manual_seed(0)
@@ -37,8 +56,15 @@ def check_exact(
             part = linear(x[-rows:].contiguous(), weight)
             _expect_equal(part, whole[-rows:], f"linear {in_features} -> {out_features}")
         _check_elementwise(x, whole)
+    for out_features, in_features in sorted(set(biased_shapes)):
+        x, weight, bias = random(ROW_COUNTS[-1], in_features), random(out_features, in_features), random(out_features)
+        whole = linear(x, weight, bias)
+        for rows in ROW_COUNTS[:-1]:
+            part = linear(x[-rows:].contiguous(), weight, bias)
+            _expect_equal(part, whole[-rows:], f"linear {in_features} -> {out_features} with a bias")
     _check_heads(random, num_heads, head_dim)
-    _check_attention(random, num_heads, num_kv_heads, head_dim, device)
+    for kind in ATTENTION_KINDS:
+        _check_attention(random, num_heads, num_kv_heads, head_dim, device, kind)
 
 
 def _check_elementwise(x: Tensor, wide: Tensor) -> None:
@@ -48,6 +74,8 @@ def _check_elementwise(x: Tensor, wide: Tensor) -> None:
     ops = {
         "rms_norm": (lambda t, _: rms_norm(t, ones, 1e-6), x, heat),
         "swiglu": (lambda t, _: swiglu(t), even, heat),
+        "geglu": (lambda t, _: geglu(t), even, heat),
+        "tanh": (lambda t, _: torch.tanh(t), wide, heat),
         "log_softmax": (distribution, wide, heat),
     }
     for name, (op, data, second) in ops.items():
@@ -59,7 +87,12 @@ def _check_elementwise(x: Tensor, wide: Tensor) -> None:
 
 
 def _check_attention(
-    random: Callable[..., Tensor], num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    random: Callable[..., Tensor],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    kind: AttentionKind,
 ) -> None:
     """A sequence of 70 tokens in one piece, against chunks of odd sizes and single tokens in other pages."""
     length, pages = 70, 6
@@ -75,12 +108,12 @@ def _check_attention(
         for begin, end in itertools.pairwise(cuts):
             at = positions[begin:end]
             slots = torch.tensor(table, device=device)[at // 32] * 32 + at % 32
-            plan = plan_tiles([end - begin], [end], [table], device)
-            parts.append(attend_paged(q[begin:end], k[begin:end], v[begin:end], k_cache, v_cache, slots, plan))
+            plan = plan_tiles([end - begin], [end], [table], device, kind.window)
+            parts.append(attend_paged(q[begin:end], k[begin:end], v[begin:end], k_cache, v_cache, slots, plan, kind))
         return torch.cat(parts)
 
     whole = run([0, length], [0, 1, 2])
-    _expect_equal(run([0, 1, 2, 19, 33, 34, 64, 65, length], [5, 1, 3]), whole, "attention")
+    _expect_equal(run([0, 1, 2, 19, 33, 34, 64, 65, length], [5, 1, 3]), whole, "attention" if kind.window is None else "windowed attention")
 
 
 def _check_heads(random: Callable[..., Tensor], num_heads: int, head_dim: int) -> None:

@@ -80,6 +80,7 @@ class LLM:
                 num_kv_heads=sizes.num_kv_heads,
                 head_dim=sizes.head_dim,
                 device=weight.device,
+                biased_shapes=sizes.biased_shapes(),
             )
         memory = (self.config.kv_cache_gib, self.config.page_size)
         self.kv_cache = KVCache(decoder.config, *memory, weight.dtype, weight.device)

@@ -109,6 +109,16 @@ class DecoderConfig:
             (self.vocab_size, self.hidden_size),
         }
 
+    def biased_shapes(self) -> set[tuple[int, int]]:
+        """Those of :meth:`linear_shapes` that have a bias."""
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        shapes = {(qkv, self.hidden_size)} if self.attention_bias else set()
+        if self.output_bias:
+            shapes.add((self.hidden_size, self.num_heads * self.head_dim))
+        if self.mlp_bias:
+            shapes |= {(2 * self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)}
+        return shapes
+
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
 

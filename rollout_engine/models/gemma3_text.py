@@ -20,6 +20,6 @@ def decoder_config(hf: Any) -> DecoderConfig:
         raise ValueError(f"attn_logit_softcapping={hf.attn_logit_softcapping}: gemma3 has none; set it to null")
     layers = tuple(
         LayerConfig(rope_config(hf.rope_parameters[kind], hf.head_dim, hf.max_position_embeddings), window)
-        for kind, window in zip(hf.layer_types, layer_windows(hf), strict=True)
+        for kind, window in zip(hf.layer_types, layer_windows(hf), strict=False)
     )
     return gemma_config(hf, layers=layers, qk_norm=True)

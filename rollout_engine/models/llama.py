@@ -67,12 +67,13 @@ def head_dim(hf: Any) -> int:
 def layer_windows(hf: Any) -> list[int | None]:
     """Sliding window of each layer where a config lists ``layer_types``. Raises ValueError for another type."""
     kinds = {"full_attention": None, "sliding_attention": hf.sliding_window}
-    for kind in hf.layer_types:
+    types = hf.layer_types[: hf.num_hidden_layers]
+    for kind in types:
         if kind not in kinds:
             raise ValueError(f"layer type {kind!r} is not supported; choose a checkpoint with {sorted(kinds)}")
         if kind == "sliding_attention" and hf.sliding_window is None:
             raise ValueError("config.json has layers of type 'sliding_attention' but no sliding_window; give one")
-    return [kinds[kind] for kind in hf.layer_types]
+    return [kinds[kind] for kind in types]
 
 
 def name_map(config: DecoderConfig) -> NameMap:

@@ -1,4 +1,4 @@
-"""Linear, RMSNorm, RoPE and SwiGLU against float64, their gradients, and their independence of the batch."""
+"""Linear, RMSNorm, RoPE and the gated activations against float64, their gradients, and their independence of the batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kernels import add_rms_norm, linear, rms_norm, rope, rope_tables, swiglu
+from kernels import add_rms_norm, geglu, linear, rms_norm, rope, rope_tables, swiglu
 from kernels.reference.dense import llama3_inv_freq
 
 FORWARD, BACKWARD = 2e-6, 1e-5
@@ -54,14 +54,27 @@ def naive_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
 
 def naive_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Element i of the first half and element i of the second are one complex number, turned by the angle."""
-    half = x.shape[-1] // 2
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)[:, None]
-    return torch.cat((turned.real, turned.imag), -1)
+    half = cos.shape[-1]
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.complex(cos, sin)[:, None]
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), -1)
 
 
 def naive_swiglu(gate_up: Tensor) -> Tensor:
     half = gate_up.shape[-1] // 2
     return torch.nn.functional.silu(gate_up[:, :half]) * gate_up[:, half:]
+
+
+def naive_geglu(gate_up: Tensor) -> Tensor:
+    half = gate_up.shape[-1] // 2
+    return torch.nn.functional.gelu(gate_up[:, :half], approximate="tanh") * gate_up[:, half:]
+
+
+def naive_offset_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return naive_rms_norm(x, 1 + weight)
+
+
+def our_offset_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(x, weight, EPS, offset=True)
 
 
 def our_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -75,6 +88,12 @@ def our_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
 def rope_inputs(rows: int, width: int) -> tuple[Tensor, ...]:
     angle = randn(rows, width, seed=2) * 3
     return randn(rows, 3, 2 * width), torch.cos(angle), torch.sin(angle)
+
+
+def partial_rope_inputs(rows: int, width: int) -> tuple[Tensor, ...]:
+    """Five elements of each head pass, the others turn, by a matrix that also stretches (as LongRoPE's does)."""
+    angle = randn(rows, width, seed=2) * 3
+    return randn(rows, 3, 2 * width + 5), 1.2 * torch.cos(angle), 1.2 * torch.sin(angle)
 
 
 Op = Callable[..., Tensor]
@@ -91,6 +110,9 @@ OPS: dict[str, tuple[Op, Op, Callable[[int, int], tuple[Tensor, ...]], int]] = {
         3,
     ),
     "rope": (rope, naive_rope, rope_inputs, 1),
+    "offset_norm": (our_offset_norm, naive_offset_norm, lambda t, w: (randn(t, w), randn(w, seed=1)), 2),
+    "partial_rope": (rope, naive_rope, partial_rope_inputs, 1),
+    "geglu": (geglu, naive_geglu, lambda t, w: (randn(t, 2 * w) * 2,), 1),
     "swiglu": (swiglu, naive_swiglu, lambda t, w: (randn(t, 2 * w) * 4,), 1),
 }
 
@@ -198,10 +220,33 @@ def test_swiglu_gradient_is_finite_and_right_at_extreme_gates(gate: float) -> No
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("gate", [-1e6, -200.0, -5.0, -0.5, 0.0, 1e-3, 5.0, 200.0, 1e6])
+def test_geglu_gradient_is_finite_and_right_at_extreme_gates(gate: float) -> None:
+    gate_up = torch.tensor([[gate, 3.0]]).repeat(9, 1).requires_grad_()
+    wide = gate_up.detach().double().requires_grad_()
+    out, expected = geglu(gate_up), naive_geglu(wide)
+    (grad,) = torch.autograd.grad(out.sum(), gate_up)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
+    # 1 + tanh(u) cancels where u is far below zero, and leaves an absolute error
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=2e-6)
+
+
+def test_offset_norm_keeps_what_bf16_would_round_away() -> None:
+    """1 + weight is not a bf16 number for weights this small; the sum is taken in fp32."""
+    x = randn(8, 64).bfloat16()
+    weight = torch.full((64,), 2.0**-10).bfloat16()
+    assert torch.equal((1 + weight), torch.ones(64).bfloat16())
+    exact = naive_offset_norm(x.double(), weight.double())
+    assert torch.equal(rms_norm(x, weight, EPS, offset=True), exact.bfloat16())
+    assert not torch.equal(rms_norm(x, torch.zeros_like(weight), EPS, offset=True), exact.bfloat16())
+
+
 # ---------------------------------------------------------------- bits do not depend on the company
 
 ROWS = 320  # times 131 elements: more than the 32768 that torch hands to one thread
 SHARED = {"linear": (1,), "linear_bias": (1, 2), "rms_norm": (1,), "rms_norm_heads": (1,), "add_rms_norm": (2,)}
+SHARED["offset_norm"] = (1,)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -23,7 +23,8 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 def check(shapes: set[tuple[int, int]] = SHAPES) -> None:
-    exactness.check_exact(shapes, num_heads=6, num_kv_heads=2, head_dim=20, device=torch.device("cpu"))
+    rest = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 20, "device": torch.device("cpu")}
+    exactness.check_exact(shapes, biased_shapes=shapes, **rest)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -32,8 +33,8 @@ def test_passes_on_this_machine(threads: int, set_threads: Callable[[int], None]
     check()
 
 
-def linear_with_company(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight) + 1e-6 * len(x)
+def linear_with_company(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias) + 1e-6 * len(x)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -52,6 +53,7 @@ def test_refuses_a_linear_that_depends_on_the_batch(
         ("linear", "linear 16 -> 32"),
         ("rms_norm", "rms_norm of width 16"),
         ("swiglu", "swiglu of width 32"),
+        ("geglu", "geglu of width 32"),
         ("distribution", "log_softmax of width 32"),
         ("attend_paged", "attention"),
     ],
@@ -70,8 +72,8 @@ def test_names_the_op_that_depends_on_the_batch(attribute: str, named: str, monk
 def test_notices_an_attention_that_reads_the_wrong_page(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = exactness.plan_tiles
 
-    def wrong(queries: Any, contexts: Any, tables: Any, device: torch.device) -> Any:
-        return sound(queries, contexts, [[0, 1, 2]], device)
+    def wrong(queries: Any, contexts: Any, tables: Any, *rest: Any) -> Any:
+        return sound(queries, contexts, [[0, 1, 2]], *rest)
 
     monkeypatch.setattr(exactness, "plan_tiles", wrong)
     with pytest.raises(RuntimeError, match="but attention differs"):
@@ -82,12 +84,35 @@ def test_notices_an_attention_that_reads_the_wrong_page(monkeypatch: pytest.Monk
 def test_one_bit_in_one_row_is_enough(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = exactness.linear
 
-    def nudged(x: Tensor, weight: Tensor) -> Tensor:
-        out = sound(x, weight)
+    def nudged(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        out = sound(x, weight, *bias)
         if len(x) == rows:
             out[-1, 0] = torch.nextafter(out[-1, 0], torch.tensor(torch.inf))
         return out
 
     monkeypatch.setattr(exactness, "linear", nudged)
     with pytest.raises(RuntimeError, match="linear 16 -> 32"):
+        check({(32, 16)})
+
+
+def test_notices_a_bias_that_depends_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = exactness.linear
+
+    def with_company(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        return sound(x, weight, *(b * (1 + 1e-5 * len(x)) for b in bias))
+
+    monkeypatch.setattr(exactness, "linear", with_company)
+    with pytest.raises(RuntimeError, match="linear 16 -> 32 with a bias"):
+        check({(32, 16)})
+
+
+def test_notices_a_window_that_depends_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned a block too narrow, single tokens lose keys that a longer tile still sees."""
+    sound = exactness.plan_tiles
+
+    def narrow(queries: Any, contexts: Any, tables: Any, device: torch.device, window: int | None) -> Any:
+        return sound(queries, contexts, tables, device, window and 2)
+
+    monkeypatch.setattr(exactness, "plan_tiles", narrow)
+    with pytest.raises(RuntimeError, match="but windowed attention differs"):
         check({(32, 16)})

@@ -37,11 +37,14 @@ def make(vocab: int, num_tokens: int, rows: int = ROWS) -> tuple[Tensor, Tensor,
     return hidden, weight, targets, torch.tensor(HEATS).repeat(rows)[:rows]
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor, heat: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def naive(
+    hidden: Tensor, weight: Tensor, targets: Tensor, heat: Tensor, num_tokens: int, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """In float64 and one row at a time: the rows of the head beyond the tokenizer do not exist."""
     logprob, entropy = [], []
     for x, target, t in zip(hidden.double(), targets.tolist(), heat.double().tolist(), strict=True):
-        z = weight.double()[:num_tokens] @ x / (t if t > 0 else 1.0)
+        z = weight.double()[:num_tokens] @ x
+        z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / (t if t > 0 else 1.0)
         logp = z - torch.log(torch.exp(z - z.max()).sum()) - z.max()
         logprob.append(logp[target])
         entropy.append(-(torch.exp(logp) * logp).sum())
@@ -55,22 +58,30 @@ def gradients(columns: tuple[Tensor, Tensor], leaves: list[Tensor], upstream: tu
     return list(torch.autograd.grad(total, leaves))
 
 
+SOFTCAPS = [None, 3.0]  # logits reach 8
 SIZES = [(17, 17), (24, 17), (1000, 1000), (1024, 1000)]
 
 
+@pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("vocab, num_tokens", SIZES)
-def test_forward_matches_float64(vocab: int, num_tokens: int) -> None:
-    inputs = make(vocab, num_tokens)
-    for ours, expected in zip(token_logprobs(*inputs, num_tokens), naive(*inputs, num_tokens), strict=True):
+def test_forward_matches_float64(vocab: int, num_tokens: int, softcap: float | None) -> None:
+    inputs = (*make(vocab, num_tokens), num_tokens, softcap)
+    for ours, expected in zip(token_logprobs(*inputs), naive(*inputs), strict=True):
         assert ours.dtype == torch.float32
         assert gap(ours, expected) < FORWARD
 
 
+@pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("which", ["logprob", "entropy", "both"])
 @pytest.mark.parametrize("vocab, num_tokens", SIZES)
 def test_backward_matches_float64(
-    vocab: int, num_tokens: int, which: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
+    vocab: int,
+    num_tokens: int,
+    which: str,
+    chunked: bool,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if chunked:
         monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 8 * vocab)
@@ -80,8 +91,9 @@ def test_backward_matches_float64(
     upstream = (torch.randn(ROWS, generator=generator) * on[0], torch.randn(ROWS, generator=generator) * on[1])
     mine = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     wide = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    grads = gradients(token_logprobs(mine[0], mine[1], targets, heat, num_tokens), mine, upstream)
-    expected = gradients(naive(wide[0], wide[1], targets, heat, num_tokens), wide, upstream)
+    rest = (targets, heat, num_tokens, softcap)
+    grads = gradients(token_logprobs(mine[0], mine[1], *rest), mine, upstream)
+    expected = gradients(naive(wide[0], wide[1], *rest), wide, upstream)
     for got, want in zip(grads, expected, strict=True):
         assert gap(got, want) < BACKWARD
     assert torch.count_nonzero(grads[1][num_tokens:]) == 0
@@ -149,10 +161,23 @@ def test_rows_keep_their_bits_in_any_company(vocab: int, threads: int, set_threa
             assert torch.equal(a, b[chosen]), f"{count} rows"
 
 
+def test_half_precision_weights_give_fp32_logits() -> None:
+    hidden, weight, targets, heat = make(1000, 1000)
+    half = (hidden.bfloat16(), weight.bfloat16())
+    expected = token_logprobs(half[0].float(), half[1].float(), targets, heat, 1000)
+    assert all(map(torch.equal, token_logprobs(*half, targets, heat, 1000), expected))
+    leaves = [x.requires_grad_() for x in half]
+    grads = gradients(token_logprobs(leaves[0], leaves[1], targets, heat, 1000), leaves, (torch.ones(ROWS),) * 2)
+    wide = [x.detach().double().requires_grad_() for x in half]
+    want = gradients(naive(wide[0], wide[1], targets, heat, 1000), wide, (torch.ones(ROWS),) * 2)
+    assert all(g.dtype == torch.bfloat16 and gap(g, w) < 2**-8 for g, w in zip(grads, want, strict=True))
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("vocab", [17, 1000])
-def test_the_sampler_and_the_loss_agree_bit_for_bit(vocab: int) -> None:
+def test_the_sampler_and_the_loss_agree_bit_for_bit(vocab: int, softcap: float | None) -> None:
     """The engine reads its log-probs off ``distribution(logits(...))``, the trainer off ``token_logprobs``."""
     hidden, weight, targets, heat = make(vocab, vocab, rows=40)
-    logp = distribution(logits(hidden[8:24], weight, vocab), heat[8:24])
-    trained, _ = token_logprobs(hidden, weight, targets, heat, vocab)
+    logp = distribution(logits(hidden[8:24], weight, vocab, softcap), heat[8:24])
+    trained, _ = token_logprobs(hidden, weight, targets, heat, vocab, softcap)
     assert torch.equal(logp.gather(1, targets[8:24, None])[:, 0], trained[8:24])
