@@ -113,7 +113,11 @@ def _check_attention(
         return torch.cat(parts)
 
     whole = run([0, length], [0, 1, 2])
-    _expect_equal(run([0, 1, 2, 19, 33, 34, 64, 65, length], [5, 1, 3]), whole, "attention" if kind.window is None else "windowed attention")
+    _expect_equal(
+        run([0, 1, 2, 19, 33, 34, 64, 65, length], [5, 1, 3]),
+        whole,
+        "attention" if kind.window is None else "windowed attention",
+    )
 
 
 def _check_heads(random: Callable[..., Tensor], num_heads: int, head_dim: int) -> None:

@@ -160,8 +160,9 @@ def open_weights(folder: Path, names: NameMap) -> dict[str, Any]:
         except SafetensorError as error:
             size = file.stat().st_size
             raise ValueError(f"{file} is truncated or damaged ({size} bytes: {error}); download it again") from error
+        stored = reader.keys()
         # The text half of a multimodal checkpoint: language_model.model.* as published, model.language_model.* since.
-        tensors.update({name.replace("language_model.", "", 1): reader.get_slice(name) for name in reader.keys()})
+        tensors.update({name.replace("language_model.", "", 1): reader.get_slice(name) for name in stored})
     missing = sorted(part for parts in names.values() for part in parts if part not in tensors)
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors that its config.json calls for, first {missing[0]!r}")

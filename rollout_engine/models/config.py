@@ -43,7 +43,10 @@ class Rope:
 
     def __post_init__(self) -> None:
         if self.dim % 2:
-            raise ValueError(f"head_dim={self.dim} is odd; rotary embedding rotates pairs, so it must be even")
+            raise ValueError(
+                f"{self.dim} elements of each head (head_dim times partial_rotary_factor) are to turn, but rotary "
+                "embedding turns pairs, and that is odd; choose a checkpoint where it is even"
+            )
 
 
 @dataclass(frozen=True)

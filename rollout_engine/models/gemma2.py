@@ -1,4 +1,4 @@
-"""Family ``gemma2``: norms before and after each sublayer, soft-capped scores and logits, every other layer windowed."""
+"""Family ``gemma2``: norms before and after each sublayer, soft caps on scores and logits, alternating windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear, RMSNorm, RoPE and the gated activations against float64, their gradients, and their independence of the batch."""
+"""Linear, RMSNorm, RoPE and gated activations against float64, their gradients, and independence of the batch."""
 
 from __future__ import annotations
 

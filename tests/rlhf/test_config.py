@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rlhf.__main__ import main
 from rlhf.config import Config, dump_config, load_config, parse_config
@@ -193,12 +202,12 @@ def test_a_dumped_config_spells_out_the_algorithm(file: Path) -> None:
 def hf_config(kind: type, **rest: Any) -> Any:
     sizes = {"vocab_size": 83, "intermediate_size": 52, "num_hidden_layers": 3, "max_position_embeddings": 64}
     heads = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20}
-    return kind(**sizes, **heads, **rest)
+    return kind(**{**sizes, **heads, **rest})
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "biases"),
+    ("kind", "rest"),
     [
         (LlamaConfig, {}),
         (LlamaConfig, {"attention_bias": True}),
@@ -206,10 +215,16 @@ def hf_config(kind: type, **rest: Any) -> Any:
         (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
         (Qwen3Config, {}),
         (Qwen3Config, {"attention_bias": True}),
+        (MistralConfig, {}),
+        (Qwen2Config, {}),
+        (Phi3Config, {"hidden_size": 48, "pad_token_id": 0}),
+        (Gemma2Config, {}),
+        (Gemma3TextConfig, {}),
+        (Gemma3TextConfig, {"attention_bias": True}),
     ],
 )
-def test_parameters_are_counted_as_the_decoder_has_them(kind: type, biases: dict[str, bool], tied: bool) -> None:
-    hf = hf_config(kind, tie_word_embeddings=tied, **biases)
+def test_parameters_are_counted_as_the_decoder_has_them(kind: type, rest: dict[str, Any], tied: bool) -> None:
+    hf = hf_config(kind, tie_word_embeddings=tied, **rest)
     config = family(hf).decoder_config(hf)
     ours = sum(p.numel() for p in Decoder(config, config.vocab_size).parameters())
     theirs = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf).parameters())

@@ -25,10 +25,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf.plan import count_parameters
 from rollout_engine import LLM, SamplingParams
 from rollout_engine.models import families, family
-from rollout_engine.models.checkpoint import Model, load_model, save_model
+from rollout_engine.models.checkpoint import load_model, save_model
 from rollout_engine.models.context import PackedAttention
 from rollout_engine.models.decoder import Decoder
 
@@ -155,24 +154,16 @@ def test_token_logprobs_train_the_logits_that_are_sampled(name: str, tmp_path: P
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_match_transformers(name: str, tmp_path: Path) -> None:
     theirs = random_model(CONFIGS[name]())
-    prompts = token_ids(1, 30, 64)
+    prompts = token_ids(1, 20, 40)
     llm = LLM(save(theirs, tmp_path / "model"), tokenizer=False, kv_cache_gib=0.05)
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=28, ignore_eos=True)
     answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
     theirs.generation_config.eos_token_id = None
     for ids, answer in zip(prompts, answers, strict=True):
         rest = {"attention_mask": torch.ones(1, len(ids)), "do_sample": False, "pad_token_id": 0}
-        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=40, **rest)
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=28, **rest)
         assert list(answer.outputs[0].token_ids) == expected[0, len(ids) :].tolist()
     assert len({token for answer in answers for token in answer.outputs[0].token_ids}) > 5
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_are_counted_as_transformers_has_them(name: str) -> None:
-    config = CONFIGS[name]()
-    with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(config)
-    assert count_parameters(family(config).decoder_config(config)) == sum(p.numel() for p in theirs.parameters())
 
 
 # ---------------------------------------------------------------- out and in again
@@ -258,23 +249,19 @@ def test_longrope_ends_at_the_original_context(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- engine and trainer, bit for bit
 
 
-@pytest.mark.parametrize("engine", [{}, {"max_batch_tokens": 19, "pages": 12}], ids=["plain", "chunked_tiny_pool"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logprobs_are_the_trainers(
-    name: str,
-    engine: dict[str, int],
-    make_llm: Callable[..., LLM],
-    compare: Callable[..., Any],
-    tmp_path: Path,
+    name: str, make_llm: Callable[..., LLM], compare: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """Prefill in small chunks and a pool so tight that sequences are preempted and recomputed."""
     model = load_model(save(random_model(CONFIGS[name]()), tmp_path / "model"), tokenizer=False)
-    llm = make_llm(model=model, **{"max_batch_tokens": 256, "pages": 64, **engine})
-    params = SamplingParams(n=3, max_tokens=30, ignore_eos=True)
+    llm = make_llm(model=model, max_batch_tokens=50, pages=10)
+    params = SamplingParams(n=2, max_tokens=30, ignore_eos=True)
     outputs = llm.generate([token_ids(n)[0] for n in (1, 31, 33, 70)], params)
     result = compare(model.decoder, outputs)
-    assert result.tokens == 4 * 3 * 30
+    assert result.tokens == 4 * 2 * 30
     assert result.gap == 0.0
-    assert (llm.stats().preemptions > 0) == bool(engine)
+    assert llm.stats().preemptions > 0
     llm.check_integrity()
 
 
@@ -305,7 +292,6 @@ def test_bfloat16_is_no_further_from_the_truth_than_transformers(name: str, tmp_
         truth = our_logits(exact.decoder, [ids])[0].double()
         their_error = (theirs(torch.tensor([ids])).logits[0].double() - truth).abs()
         our_error = (our_logits(model.decoder, [ids])[0].double() - truth).abs()
-    print(name, our_error.max() / their_error.max(), our_error.mean() / their_error.mean(), their_error.mean())
     assert 0 < our_error.mean() < 2 * their_error.mean()
     assert our_error.max() < 2 * their_error.max()
 
