@@ -81,15 +81,31 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _algorithms(args: argparse.Namespace) -> int:
-    from dataclasses import fields
+    from dataclasses import asdict
 
     from rlhf import algorithms
+    from rlhf.config import spell
 
-    for name in algorithms.names():
-        algorithm = algorithms.load({"name": name})
-        axes = {f.name: getattr(algorithm, f.name) for f in fields(algorithm) if f.name != "name"}  # type: ignore[arg-type]
-        print(name, " ".join(f"{key}={value}" for key, value in axes.items()), sep="  ")
+    rows = [asdict(algorithms.load({"name": name})) for name in algorithms.names()]  # type: ignore[call-overload]
+    print("Presets for algorithm.name; every axis is a key of the config's algorithm section.\n")
+    for row in rows:
+        print(f"{row['name']:<14}{algorithms.summary(row['name'])}")
+    columns = [
+        _column(key, [spell(row[key]) if key in row else "" for row in rows])
+        for key in dict.fromkeys(key for row in rows for key in row if key != "name")
+    ]
+    name = _column("", [row["name"] for row in rows])
+    while columns:  # as many as fit a line, then the rest below
+        block = name
+        while columns and len(block[0]) + len(columns[0][0]) <= 100:
+            block = [left + right for left, right in zip(block, columns.pop(0), strict=True)]
+        print("", *(line.rstrip() for line in block), sep="\n")
     return 0
+
+
+def _column(title: str, cells: Sequence[str]) -> list[str]:
+    width = max(map(len, (title, *cells))) + 2
+    return [cell.ljust(width) for cell in (title, *cells)]
 
 
 def _doctor(args: argparse.Namespace) -> int:

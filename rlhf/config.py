@@ -193,6 +193,11 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def spell(value: Any) -> str:
+    """A plain value as a config or an override spells it: null, true, 0.2, group."""
+    return yaml.safe_dump([value], default_flow_style=True).strip()[1:-1]
+
+
 def _explain(error: ValidationError, root: Any, prefix: str = "") -> str:
     lines = []
     for problem in error.errors():
@@ -203,6 +208,8 @@ def _explain(error: ValidationError, root: Any, prefix: str = "") -> str:
             near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0)
             meant = prefix + ".".join([*path[:-1], *near])
             lines.append(f"unknown key {key!r}; did you mean {meant!r}? Known: {', '.join(known)}")
+        elif not path:  # what the section says of itself names its keys
+            lines.append(problem["msg"].removeprefix("Value error, "))
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing and has no default")
         else:

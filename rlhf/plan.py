@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config import Config
+from rlhf.config import Config, spell
 from rollout_engine.config import EngineConfig
 from rollout_engine.models import family
 from rollout_engine.models.config import DecoderConfig
@@ -28,7 +29,7 @@ class Plan:
         parameters = count_parameters(d)
         rows = c.rollout.prompts_per_step * c.rollout.samples_per_prompt
         algorithm = c.make_algorithm()
-        axes = "  ".join(f"{key}={value}" for key, value in sorted(vars(algorithm).items()) if key != "name")
+        axes = "  ".join(f"{key}={spell(value)}" for key, value in c.algorithm.items() if key != "name")
         roles = ", ".join(["policy (trainer + engine)", "reward function", *algorithm.roles])
         ranks = c.cluster.num_ranks
         swap = "shared: the engine runs on the trainer's storage, 0 bytes a step"
@@ -48,7 +49,7 @@ class Plan:
             f"kv cache    {c.rollout.kv_cache_gib} GiB a rank = {self.kv_tokens} tokens, "
             f"pages of {c.rollout.page_size}",
             f"numerics    {c.rollout.numerics}",
-            f"algorithm   {c.algorithm['name']}: {axes}",
+            *textwrap.wrap(f"algorithm   {c.algorithm['name']}: {axes}", 120, subsequent_indent=" " * 12),
         ]
         return "\n".join(lines) + "\n"
 
@@ -73,7 +74,8 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
     """Refuse what can't work. Raises ValueError with what was given, what is allowed and the way out."""
     decoder = family(hf_config).decoder_config(hf_config)
     r = config.rollout
-    updates = config.make_algorithm().updates_per_rollout
+    algorithm = config.make_algorithm()
+    updates = algorithm.updates_per_rollout
     answers = r.prompts_per_step * r.samples_per_prompt
     if answers % updates:
         raise ValueError(
@@ -90,8 +92,12 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
             f"rollout.prompts_per_step={r.prompts_per_step} does not divide over cluster.ranks={ranks}; "
             "make it a multiple"
         )
-    if r.samples_per_prompt < 2:
-        raise ValueError("rollout.samples_per_prompt=1: a group's baseline needs at least 2 samples")
+    if r.samples_per_prompt < algorithm.min_samples_per_prompt:
+        raise ValueError(
+            f"rollout.samples_per_prompt={r.samples_per_prompt}: algorithm {config.algorithm['name']} compares the "
+            f"answers to a prompt and needs at least {algorithm.min_samples_per_prompt}; raise it, or set "
+            "algorithm.baseline=batch and std=batch"
+        )
     longest = longest_prompt + r.max_tokens
     if longest > decoder.max_position:
         raise ValueError(

@@ -1,6 +1,7 @@
 """One algorithm a file: a frozen dataclass that is its own config section, with pure methods.
 
-The name in the config is the name of the module; :func:`load` finds it.
+The name in the config is the name of the module; :func:`load` finds it. Those without a critic are presets over
+the axes of ``policy_gradient``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from rlhf.types import Batch
 
-_NOT_ALGORITHMS = {"sft"}  # the warm start's objective; not a choice for `algorithm.name`
+# The warm start's objective and what the presets share; not choices for `algorithm.name`.
+_NOT_ALGORITHMS = {"sft", "policy_gradient"}
 
 
 class Algorithm(Protocol):
@@ -31,8 +33,12 @@ class Algorithm(Protocol):
     def mask_truncated(self) -> bool:
         """Keep cut-off answers out of the loss."""
 
+    @property
+    def min_samples_per_prompt(self) -> int:
+        """Answers to a prompt below which all advantages would be 0."""
+
     def advantages(self, batch: Batch) -> Batch:
-        """Fill ``advantages``."""
+        """Fill ``advantages``, over the whole rollout batch."""
 
     def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
         """One batch per optimizer step, with ``loss_weights``."""
@@ -46,6 +52,11 @@ class Algorithm(Protocol):
 def names() -> list[str]:
     """Names that ``algorithm.name`` may take."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_ALGORITHMS)
+
+
+def summary(name: str) -> str:
+    """What an algorithm is, and its paper, in a line."""
+    return (importlib.import_module(f"rlhf.algorithms.{name}").__doc__ or "").partition("\n")[0]
 
 
 def load(section: dict[str, Any]) -> Algorithm:

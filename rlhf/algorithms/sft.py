@@ -18,6 +18,7 @@ class SFT:
     roles: tuple[str, ...] = ()
     updates_per_rollout: int = 1
     mask_truncated: bool = False
+    min_samples_per_prompt: int = 1
 
     def advantages(self, batch: Batch) -> Batch:
         return batch
