@@ -67,8 +67,9 @@ def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Geometric mean of the token ratios of a sequence, at each of its tokens.
 
-    GSPO-token (Zheng et al. 2025, arXiv 2507.18071, eq. 14). [R] -> [R]; ``counts``: how many of the R tokens each sequence has, in order. The value s is the sequence's, the
-    gradient by a token's log-prob is s, so that a mean over the sequence's tokens has the gradient of s itself.
+    GSPO-token (Zheng et al. 2025, arXiv 2507.18071, eq. 14). [R] -> [R]; ``counts``: how many of the R tokens each
+    sequence has, in order. The value s is the sequence's, the gradient by a token's log-prob is s, so that a mean
+    over the sequence's tokens has the gradient of s itself.
     """
     log_ratio = logprobs - old_logprobs
     means = torch.cat([part.mean().expand(len(part)) for part in log_ratio.detach().split(counts)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rlhf import algorithms
 from rlhf.__main__ import main
 from rlhf.config import Config, dump_config, load_config, parse_config
 from rlhf.launch import prepare
@@ -101,6 +103,7 @@ def test_an_override_of_an_empty_section_sets_the_key(file: Path) -> None:
         ("run.x.y=1", "run.x.y", "run."),
         ("algorithm.clip_hihg=0.3", "algorithm.clip_hihg", "clip_high"),
         ("algorithm.kl_coeff=0.3", "algorithm.kl_coeff", "kl_coef"),
+        ("algorithm.leave_one=true", "algorithm.leave_one", "leave_one_out"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(file: Path, override: str, key: str, nearest: str) -> None:
@@ -127,7 +130,10 @@ def test_an_unknown_key_of_the_file_is_refused_too(file: Path) -> None:
         ("train.schedule=cos", ["train.schedule='cos'", "'constant'", "'linear'", "'cosine'"]),
         ("train.zero_stage=3", ["train.zero_stage=3", "0, 1 or 2"]),
         ("rollout.temperature=0", ["rollout.temperature=0", "greater than or equal to 0.0001"]),
-        ("algorithm.clip_low=1", ["algorithm.clip_low=1", "less than 1"]),
+        ("algorithm.clip_low=2", ["algorithm.clip_low=2", "less than or equal to 1"]),
+        ("algorithm.tis_clip=0", ["algorithm.tis_clip=0", "greater than 0"]),
+        ("algorithm.dual_clip=1", ["algorithm.dual_clip=1", "greater than 1"]),
+        ("algorithm.baseline=prompt", ["algorithm.baseline='prompt'", "'group', 'batch' or 'none'"]),
         ("algorithm.updates_per_rollout=two", ["algorithm.updates_per_rollout='two'", "integer"]),
         ("algorithm.aggregation=mean", ["algorithm.aggregation='mean'", "'token_mean'", "'sequence_mean'"]),
         ("algorithm.name=gpro", ["algorithm.name='gpro'", "'grpo'"]),
@@ -307,9 +313,41 @@ def test_init_lists_and_prints(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert load_config(tmp_path / "mine.yaml").recipe.path == "recipes.arithmetic"
 
 
-def test_algorithms_are_listed_with_their_hyper_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_algorithms_are_listed_with_their_papers_and_every_axis_as_a_config_spells_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["algorithms"]) == 0
-    assert "grpo" in (out := capsys.readouterr().out) and "kl_coef=0.0" in out
+    lines = capsys.readouterr().out.splitlines()
+    for name in algorithms.names():
+        assert sum(line.split()[:1] == [name] and "arXiv" in line for line in lines) == 1, name
+        listed: dict[str, Any] = {}
+        for titles, *rows in blocks(lines):
+            starts = [m.start() for m in re.finditer(r"\S+", titles)]
+            (row,) = [row for row in rows if row.split()[0] == name]
+            cells = [row[a:b].strip() for a, b in itertools.pairwise([*starts, None])]
+            listed.update({key: yaml.safe_load(cell) for key, cell in zip(titles.split(), cells, strict=True)})
+        expected = vars(algorithms.load({"name": name}))
+        assert listed == {key: value for key, value in expected.items() if key != "name" and key[0] != "_"}
+    assert max(map(len, lines[lines.index("") + 1 :][len(algorithms.names()) :])) <= 100
+
+
+def blocks(lines: list[str]) -> list[list[str]]:
+    """Runs of lines that start with a line of titles, which is indented."""
+    runs = [list(run) for full, run in itertools.groupby(lines, bool) if full]
+    return [run for run in runs if run[0].startswith(" ")]
+
+
+def test_axes_that_contradict_each_other_are_refused_in_one_plain_sentence(file: Path) -> None:
+    said = message(file, "algorithm.leave_one_out=true", "algorithm.baseline=batch", "algorithm.std=none")
+    assert said.startswith("algorithm.leave_one_out=true") and said.endswith(
+        "set baseline=group or leave_one_out=false"
+    )
+
+
+def test_one_sample_per_prompt_is_enough_for_a_baseline_over_the_batch(file: Path) -> None:
+    check_tiny(file, "rollout.samples_per_prompt=1", "algorithm.name=reinforce_pp")
+    with pytest.raises(ValueError, match=r"samples_per_prompt=1.*rloo.*at least 2.*reinforce_pp"):
+        check_tiny(file, "rollout.samples_per_prompt=1", "algorithm.name=rloo")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,55 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.functional import clipped_surrogate, group_advantages, kl_k3, token_weights
+from rlhf.functional import (
+    clipped_surrogate,
+    clipped_weight_loss,
+    kl_estimate,
+    sequence_ratio,
+    token_ratio,
+    token_weights,
+    truncated_importance,
+)
 from rlhf.types import Batch
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
-
-
-def advantages(rewards: Sequence[float], groups: Sequence[int], std: bool) -> Tensor:
-    return group_advantages(torch.tensor(rewards), torch.tensor(groups), normalize_std=std)
-
-
-# ---------------------------------------------------------------- group_advantages
-
-HAND = {
-    # mean 1/2, sample variance 4 * 1/4 / 3 = 1/3; then a group of one
-    "halves": ([1.0, 0.0, 0.0, 1.0, 2.0], [0, 0, 0, 0, 7], [0.5, -0.5, -0.5, 0.5, 0.0], [3**-0.5] * 4 + [1.0]),
-    # group 5 has mean 2 and deviation sqrt(2), group 2 mean 20 and 10 sqrt(2); ids interleaved, not from 0
-    "unsorted": ([1.0, 10.0, 3.0, 30.0], [5, 2, 5, 2], [-1, -10, 1, 10], [2**0.5, 200**0.5, 2**0.5, 200**0.5]),
-    # mean 3, squares 4 + 1 + 9 over n - 1 = 2; then two equal rewards
-    "sevens": ([1.0, 2.0, 6.0, 4.0, 4.0], [0, 0, 0, 1, 1], [-2, -1, 3, 0, 0], [7**0.5] * 3 + [1.0] * 2),
-}
-
-
-@pytest.mark.parametrize("name", HAND)
-def test_advantages_by_hand(name: str) -> None:
-    rewards, groups, centred, deviation = HAND[name]
-    assert advantages(rewards, groups, std=False).tolist() == pytest.approx(centred, abs=1e-6)
-    expected = [c / d for c, d in zip(centred, deviation, strict=True)]
-    assert advantages(rewards, groups, std=True).tolist() == pytest.approx(expected, abs=2e-6)
-
-
-@pytest.mark.parametrize("std", [True, False])
-def test_advantages_match_a_naive_loop(std: bool) -> None:
-    rng = random.Random(3)
-    rewards = torch.tensor([rng.uniform(-2, 2) for _ in range(90)]).tolist()  # rounded to fp32
-    groups = [rng.choice([-4, 3, 17, 1000, 2**40]) for _ in rewards]
-    expected = []
-    for reward, group in zip(rewards, groups, strict=True):
-        mates = [r for r, g in zip(rewards, groups, strict=True) if g == group]
-        expected.append((reward - statistics.fmean(mates)) / (statistics.stdev(mates) if std else 1.0))
-    got = advantages(rewards, groups, std)
-    assert got.dtype == torch.float32
-    assert got.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("std", [True, False])
-@pytest.mark.parametrize("reward", [0.0, 1.0, -3.0, 0.1, 0.7, 1 / 3, 12.3, 1000.1])
-def test_equal_rewards_and_groups_of_one_get_exactly_zero(reward: float, std: bool) -> None:
-    for size in range(1, 10):
-        assert advantages([reward] * size, [0] * size, std).tolist() == [0.0] * size, size
 
 
 # ---------------------------------------------------------------- clipped_surrogate
@@ -102,7 +64,7 @@ def grid() -> tuple[Tensor, Tensor, Tensor]:
 )
 def test_clipping_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: bool) -> None:
     logprobs = torch.tensor([math.log(ratio) - 1.0]).requires_grad_()
-    losses, flags = clipped_surrogate(logprobs, torch.tensor([-1.0]), torch.tensor([advantage]), LOW, HIGH)
+    losses, flags = clipped_surrogate(token_ratio(logprobs, torch.tensor([-1.0])), torch.tensor([advantage]), LOW, HIGH)
     losses.sum().backward()
     assert losses.item() == pytest.approx(loss, rel=1e-6)
     assert logprobs.grad is not None and logprobs.grad.item() == pytest.approx(gradient, rel=1e-6)
@@ -111,7 +73,7 @@ def test_clipping_by_hand(ratio: float, advantage: float, loss: float, gradient:
 
 def test_surrogate_and_gradient_match_the_naive_form() -> None:
     logprobs, old, advantage = grid()
-    losses, _ = clipped_surrogate(logprobs, old, advantage, LOW, HIGH)
+    losses, _ = clipped_surrogate(token_ratio(logprobs, old), advantage, LOW, HIGH)
     losses.sum().backward()
     leaf = logprobs.detach().double().requires_grad_()
     naive = torch.stack(
@@ -125,47 +87,185 @@ def test_surrogate_and_gradient_match_the_naive_form() -> None:
 
 def test_clipped_says_where_the_clip_took_the_gradient() -> None:
     logprobs, old, advantage = grid()
-    losses, clipped = clipped_surrogate(logprobs, old, advantage, LOW, HIGH)
+    losses, clipped = clipped_surrogate(token_ratio(logprobs, old), advantage, LOW, HIGH)
     losses.sum().backward()
     assert logprobs.grad is not None
     assert torch.equal(clipped, (logprobs.grad == 0) & (advantage != 0))
     assert int(clipped.sum()) == 2 * 2 + 2 * 2  # ratios beyond each bound times advantages of that sign
 
 
-# ---------------------------------------------------------------- kl_k3
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
+    [
+        (2.0, -1.0, 2.0, 2.0, False),  # below c = 3
+        (5.0, -1.0, 3.0, 0.0, True),  # 5 is more than 3
+        (5.0, -0.5, 1.5, 0.0, True),
+        (5.0, 1.0, -1.3, 0.0, True),  # good tokens: PPO's own bound
+        (0.5, -1.0, 0.8, 0.0, True),
+    ],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: bool) -> None:
+    logprobs = torch.tensor([math.log(ratio)]).requires_grad_()
+    ratios = token_ratio(logprobs, torch.zeros(1))
+    losses, flags = clipped_surrogate(ratios, torch.tensor([advantage]), LOW, HIGH, dual_clip=3.0)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss, rel=1e-6)
+    assert logprobs.grad is not None and logprobs.grad.item() == pytest.approx(gradient, rel=1e-6)
+    assert flags.tolist() == [clipped]
+
+
+# ---------------------------------------------------------------- sequence_ratio
 
 
 @pytest.mark.parametrize(
-    ("ratio", "value"),
-    [(1.0, 0.0), (2.0, 0.3068528194400547), (0.5, 0.1931471805599453), (math.e, 0.718281828459045), (8.0, 4.920558458)],
+    ("counts", "log_ratios", "values"),
+    [
+        ((2,), [math.log(2), math.log(8)], [4.0, 4.0]),  # (2 * 8) ** (1/2)
+        ((1, 3), [math.log(3), math.log(2), 0.0, math.log(4)], [3.0, 2.0, 2.0, 2.0]),  # 3; (2 * 1 * 4) ** (1/3)
+        ((2, 0, 1), [math.log(0.5), math.log(2), -math.log(4)], [1.0, 1.0, 0.25]),  # the middle one has no tokens
+    ],
 )
-def test_kl_and_its_gradient_by_hand(ratio: float, value: float) -> None:
+def test_sequence_ratios_by_hand(counts: tuple[int, ...], log_ratios: list[float], values: list[float]) -> None:
+    old = torch.linspace(-3, -1, len(values), dtype=torch.float64)
+    logprobs = (old + torch.tensor(log_ratios, dtype=torch.float64)).requires_grad_()
+    ratio = sequence_ratio(logprobs, old, counts)
+    ratio.sum().backward()
+    assert ratio.tolist() == pytest.approx(values, rel=1e-12)
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx(values, rel=1e-12)
+
+
+def test_the_mean_of_a_sequence_ratio_has_the_gradient_of_the_true_ratio() -> None:
+    counts = (3, 1, 4)
+    old = torch.tensor([-0.3, -1.2, -2.0, -0.7, -1.1, -0.1, -0.9, -3.0], dtype=torch.float64)
+    ours = (old + torch.sin(torch.arange(8, dtype=torch.float64))).requires_grad_()
+    true = ours.detach().clone().requires_grad_()
+    means = [part.mean() for part in sequence_ratio(ours, old, counts).split(counts)]
+    exact = [torch.exp((x - o).sum() / len(o)) for x, o in zip(true.split(counts), old.split(counts), strict=True)]
+    scale = (1.0, -2.0, 0.5)
+    sum(s * m for s, m in zip(scale, means, strict=True)).backward()  # type: ignore[union-attr]
+    sum(s * e for s, e in zip(scale, exact, strict=True)).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(torch.stack(means), torch.stack(exact), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.grad, true.grad, rtol=1e-12, atol=0)
+
+
+def test_a_sequence_ratio_is_exactly_one_where_nothing_has_changed() -> None:
+    logprobs = torch.tensor([-11.7, -0.3, -5.1, -1e-3])
+    assert sequence_ratio(logprobs, logprobs.clone(), (3, 1)).tolist() == [1.0] * 4
+
+
+# ---------------------------------------------------------------- clipped_weight_loss, truncated_importance
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
+    [
+        # log-prob -2, weight at most 1.3: loss is -weight * advantage * -2, its gradient -weight * advantage
+        (1.0, 1.5, 3.0, -1.5, False),
+        (2.0, 1.0, 2.6, -1.3, True),
+        (2.0, -1.0, -2.6, 1.3, True),
+        (0.01, 1.0, 0.02, -0.01, False),  # clip_low 1 is no bound
+    ],
+)
+def test_clipped_weights_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: bool) -> None:
+    logprobs = torch.tensor([-2.0]).requires_grad_()
+    ratios = token_ratio(logprobs, torch.tensor([-2.0 - math.log(ratio)]))
+    losses, flags = clipped_weight_loss(ratios, logprobs, torch.tensor([advantage]), 1.0, HIGH)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss, rel=1e-5)
+    assert logprobs.grad is not None and logprobs.grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert flags.tolist() == [clipped]
+
+
+def test_a_lower_bound_on_the_weight_holds_too() -> None:
+    losses, flags = clipped_weight_loss(torch.tensor([0.1]), torch.tensor([-1.0]), torch.tensor([2.0]), 0.2, HIGH)
+    assert losses.item() == pytest.approx(0.8 * 2) and flags.tolist() == [True]
+
+
+def test_truncated_importance_by_hand() -> None:
+    old = torch.tensor([-1.0, -1.0, -1.0, -1.0]).requires_grad_()
+    rollout = torch.tensor([-1.0, -1.0 - math.log(1.5), -1.0 - math.log(4), -1.0 + math.log(2)])
+    weight, truncated = truncated_importance(old, rollout, 2.0)
+    assert weight.tolist() == pytest.approx([1.0, 1.5, 2.0, 0.5], rel=1e-6)
+    assert truncated.tolist() == [False, False, True, False] and not weight.requires_grad
+
+
+# ---------------------------------------------------------------- kl_estimate
+
+E = math.e
+
+
+@pytest.mark.parametrize(
+    ("estimator", "ratio", "value", "gradient"),  # ratio: reference over policy
+    [
+        ("k1", 1.0, 0.0, 1.0),
+        ("k1", 2.0, -0.6931471805599453, 1.0),
+        ("k1", 1 / E, 1.0, 1.0),
+        ("k2", 1.0, 0.0, 0.0),
+        ("k2", E, 0.5, -1.0),
+        ("k2", 1 / E**2, 2.0, 2.0),  # gradient: log(policy / reference)
+        ("k3", 1.0, 0.0, 0.0),
+        ("k3", 2.0, 0.3068528194400547, -1.0),  # gradient: 1 - ratio
+        ("k3", 0.5, 0.1931471805599453, 0.5),
+        ("k3", E, 0.718281828459045, 1 - E),
+        ("k3", 8.0, 4.920558458, -7.0),
+    ],
+)
+def test_kl_and_its_gradient_by_hand(estimator: str, ratio: float, value: float, gradient: float) -> None:
     logprobs = torch.tensor([-1.3], dtype=torch.float64).requires_grad_()
-    kl = kl_k3(logprobs, logprobs.detach() + math.log(ratio))
+    kl = kl_estimate(logprobs, logprobs.detach() + math.log(ratio), estimator)
     kl.sum().backward()
     assert kl.item() == pytest.approx(value, rel=1e-9, abs=1e-12)
-    assert logprobs.grad is not None and logprobs.grad.item() == pytest.approx(1 - ratio, rel=1e-9, abs=1e-12)
+    assert logprobs.grad is not None and logprobs.grad.item() == pytest.approx(gradient, rel=1e-9, abs=1e-12)
 
 
-def test_kl_is_unbiased() -> None:
-    policy, reference = [0.5, 0.3, 0.15, 0.05], [0.2, 0.2, 0.1, 0.5]
-    p, q = torch.tensor(policy, dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)
-    exact = sum(a * math.log(a / b) for a, b in zip(policy, reference, strict=True))
-    assert (p * kl_k3(p.log(), q.log())).sum().item() == pytest.approx(exact, rel=1e-12)
-    assert exact > 0.1
+LOGITS = torch.tensor([0.9, 0.2, -0.4, -1.3], dtype=torch.float64)
+REFERENCE = torch.tensor([0.2, 0.2, 0.1, 0.5], dtype=torch.float64).log()
 
 
-def test_kl_is_never_negative() -> None:
+def expected_estimate(estimator: str) -> tuple[float, Tensor]:
+    """Expectation over the policy's samples of an estimate, and of the estimate's gradient by the logits."""
+    logits = LOGITS.clone().requires_grad_()
+    logprobs = logits.log_softmax(0)
+    estimate = kl_estimate(logprobs, REFERENCE, estimator)
+    (gradient,) = torch.autograd.grad((logprobs.exp().detach() * estimate).sum(), logits)
+    return (logprobs.exp() * estimate).sum().item(), gradient
+
+
+def true_kl() -> tuple[float, Tensor]:
+    logits = LOGITS.clone().requires_grad_()
+    p = logits.softmax(0)
+    kl = (p * (p.log() - REFERENCE)).sum()
+    (gradient,) = torch.autograd.grad(kl, logits)
+    return kl.item(), gradient
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_not() -> None:
+    kl, _ = true_kl()
+    assert kl > 0.1
+    assert expected_estimate("k1")[0] == pytest.approx(kl, rel=1e-12)
+    assert expected_estimate("k3")[0] == pytest.approx(kl, rel=1e-12)
+    assert abs(expected_estimate("k2")[0] - kl) > 0.01
+
+
+def test_only_k2_has_the_gradient_of_the_kl_and_that_of_k1_is_zero() -> None:
+    _, gradient = true_kl()
+    assert gradient.abs().max().item() > 0.1
+    torch.testing.assert_close(expected_estimate("k2")[1], gradient, rtol=1e-12, atol=1e-15)
+    assert expected_estimate("k1")[1].abs().max().item() < 1e-15
+    assert (expected_estimate("k3")[1] - gradient).abs().max().item() > 0.05
+
+
+def test_k3_is_never_negative() -> None:
     magnitudes = torch.logspace(-9, 1, 20_000)
     difference = torch.cat([magnitudes, -magnitudes, torch.zeros(1)])
-    kl = kl_k3(torch.zeros_like(difference), difference)
+    kl = kl_estimate(torch.zeros_like(difference), difference, "k3")
     assert kl.min().item() >= 0.0, f"{int((kl < 0).sum())} of {len(kl)} are negative, down to {kl.min():.2e}"
 
 
-def test_kl_of_nearly_equal_policies_is_not_rounding_noise() -> None:
+def test_k3_of_nearly_equal_policies_is_not_rounding_noise() -> None:
     difference = torch.linspace(1e-3, 2e-3, 1000)
     exact = torch.tensor([math.expm1(x) - x for x in difference.double().tolist()], dtype=torch.float64)
-    relative = (kl_k3(torch.zeros_like(difference), difference).double() / exact - 1).abs()
+    relative = (kl_estimate(torch.zeros_like(difference), difference, "k3").double() / exact - 1).abs()
     assert relative.max().item() < 0.01
 
 
