@@ -95,8 +95,8 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
     if r.samples_per_prompt < algorithm.min_samples_per_prompt:
         raise ValueError(
             f"rollout.samples_per_prompt={r.samples_per_prompt}: algorithm {config.algorithm['name']} compares the "
-            f"answers to a prompt and needs at least {algorithm.min_samples_per_prompt}; raise it, or set "
-            "algorithm.baseline=batch and std=batch"
+            f"answers to a prompt and needs at least {algorithm.min_samples_per_prompt}; raise it, or choose "
+            "a baseline over the whole batch (algorithm.name=reinforce_pp)"
         )
     longest = longest_prompt + r.max_tokens
     if longest > decoder.max_position:

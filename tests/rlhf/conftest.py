@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
+from rlhf.algorithms import Algorithm
 from rlhf.algorithms.grpo import GRPO
 from rlhf.cluster.worker import Rendezvous, set_rendezvous
 from rlhf.config import ModelSection, Rollout, Train
@@ -57,7 +58,7 @@ def make_policy(odd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     if not torch.distributed.is_initialized():
         set_rendezvous(Rendezvous.here())
 
-    def make(*, algorithm: GRPO | None = None, **settings: object) -> Policy:
+    def make(*, algorithm: Algorithm | None = None, **settings: object) -> Policy:
         train = {"lr": 1e-3, **{k: settings.pop(k) for k in list(settings) if k in Train.model_fields}}
         return Policy(
             checkpoint=odd_checkpoint,

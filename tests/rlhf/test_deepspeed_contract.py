@@ -10,9 +10,10 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from test_training_exactness import rollout
+from test_training_exactness import rollout, sampled
 from transformers import AutoModelForCausalLM
 
+from rlhf import algorithms
 from rlhf.algorithms.grpo import GRPO
 from rlhf.packing import forward_logprobs
 from rlhf.roles.policy import Policy
@@ -162,6 +163,22 @@ def test_several_updates_per_rollout_use_old_logprobs(make_policy: Callable[...,
     assert torch.equal(batch.column("old_logprobs"), batch.rollout_logprobs)  # exact numerics: the same bits
     first, second = [policy.update(m) for m in policy.algorithm.minibatches(batch, 24)]
     assert first["policy/clip_fraction"] == 0.0 and second["policy/clip_fraction"] > 0.0
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_every_preset_starts_on_the_policy_that_sampled_and_moves_away(
+    name: str, make_policy: Callable[..., Policy]
+) -> None:
+    axes = {"updates_per_rollout": 2, "kl_coef": 0.1, "tis_clip": 2.0}
+    policy = make_policy(algorithm=algorithms.load({"name": name, **axes}), lr=0.01)
+    batch = policy.score(sampled(policy))
+    batch = policy.algorithm.advantages(batch.replace(ref_logprobs=batch.column("old_logprobs")))
+    first, second = [policy.update(m) for m in policy.algorithm.minibatches(batch, 24)]
+    assert first["policy/ratio"] == first["policy/tis_weight"] == 1.0  # exact numerics: no rounding to allow for
+    assert first["policy/kl"] == first["policy/clip_fraction"] == first["policy/tis_truncated"] == 0.0
+    assert second["policy/ratio"] != 1.0 and abs(second["policy/kl"]) > 1e-6
+    assert second["policy/tis_weight"] == 1.0  # of the old log-probs, not of the current ones
+    assert first["policy/grad_norm"] > 0.0 and second["policy/grad_norm"] > 0.0
 
 
 @STAGES

@@ -35,19 +35,24 @@ def answer(policy: Policy, first_sample_id: int = 0) -> list[list[Completion]]:
     return [answers for _, answers in sorted(itertools.chain.from_iterable(generated), key=lambda pair: pair[0])]
 
 
-def rollout(policy: Policy, first_sample_id: int = 0) -> Batch:
-    """Sample, reward at random, and pack, ready for an update."""
+def sampled(policy: Policy, first_sample_id: int = 0) -> Batch:
+    """Sample, reward at random, and pack."""
     rng = random.Random(first_sample_id)
     asked = prompts()
     answers = answer(policy, first_sample_id)
-    batch = pack(
+    return pack(
         [
             Trajectory.from_completion(p, c, g, Score(rng.random()))
             for g, (p, group) in enumerate(zip(asked, answers, strict=True))
             for c in group
         ]
     )
-    return next(policy.algorithm.minibatches(policy.algorithm.advantages(batch), 24))
+
+
+def rollout(policy: Policy, first_sample_id: int = 0) -> Batch:
+    """Of the first update."""
+    batch = policy.algorithm.advantages(sampled(policy, first_sample_id))
+    return next(policy.algorithm.minibatches(batch, 24))
 
 
 def gap(policy: Policy, batch: Batch) -> float:
