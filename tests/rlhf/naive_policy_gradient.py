@@ -62,9 +62,9 @@ def random_answers(rng: random.Random, sizes: Sequence[int], spread: float = 0.5
 
 
 def batch_of(answers: Sequence[Answer], axes: Axes) -> Batch:
-    """Token ids are positions in the batch."""
+    """Token ids are positions in the batch. Columns hold something on the prompts too, which must not matter."""
 
-    def column(name: str, given: float = 0.0) -> Tensor:
+    def column(name: str, given: float = -0.25) -> Tensor:
         return torch.tensor([x for a in answers for x in (*[given] * a.given, *getattr(a, name))])
 
     lengths = tuple(a.given + len(a.now) for a in answers)

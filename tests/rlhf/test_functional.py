@@ -153,6 +153,13 @@ def test_a_sequence_ratio_is_exactly_one_where_nothing_has_changed() -> None:
     assert sequence_ratio(logprobs, logprobs.clone(), (3, 1)).tolist() == [1.0] * 4
 
 
+def test_a_sequence_ratio_keeps_its_digits_where_the_tokens_are_unlikely() -> None:
+    """Bounds are of the order of 1e-4; a mean added to a log-prob of -40 first would be 3 % off."""
+    old = torch.tensor([-40.0, -40.0, -40.0])
+    ratio = sequence_ratio(old + torch.tensor([2**-13, 0.0, 0.0]), old, (3,))
+    assert (ratio.double() - 1).tolist() == pytest.approx([2**-13 / 3] * 3, rel=1e-2)
+
+
 # ---------------------------------------------------------------- clipped_weight_loss, truncated_importance
 
 
