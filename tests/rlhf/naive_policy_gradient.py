@@ -64,14 +64,16 @@ def random_answers(rng: random.Random, sizes: Sequence[int], spread: float = 0.5
 def batch_of(answers: Sequence[Answer], axes: Axes) -> Batch:
     """Token ids are positions in the batch. Columns hold something on the prompts too, which must not matter."""
 
-    def column(name: str, given: float = -0.25) -> Tensor:
-        return torch.tensor([x for a in answers for x in (*[given] * a.given, *getattr(a, name))])
+    on_prompts = {"now": 1.0, "rollout": -0.25, "old": -0.5, "ref": -1.0}
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([x for a in answers for x in (*[on_prompts[name]] * a.given, *getattr(a, name))])
 
     lengths = tuple(a.given + len(a.now) for a in answers)
     return Batch(
         tokens=torch.arange(sum(lengths)),
         lengths=lengths,
-        loss_mask=column("now", given=1.0) < 0,
+        loss_mask=column("now") < 0,
         temperature=torch.ones(sum(lengths)),
         rollout_logprobs=column("rollout"),
         groups=torch.tensor([a.group for a in answers]),
