@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -51,6 +52,21 @@ class RecipeSection(Section):
 
 
 class Data(Section):
+    """Prompts: a Hub id, a folder (``save_to_disk``, or files that ``datasets`` loads), a .jsonl or a .parquet file.
+
+    ``path`` None: the recipe's own ``prompts``. ``eval_split`` None: some rows of the training split are held out.
+    ``prompt`` names the column with the text, or with chat messages. ``chat_template`` auto: the tokenizer's, where it
+    has one; none: texts go to the model as they are. ``system`` opens every conversation that has no such message.
+    """
+
+    path: str | None = None
+    subset: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    prompt: str = "prompt"
+    system: str | None = None
+    chat_template: Annotated[str, Field(pattern=r"^(auto|none|.*\.jinja)$")] = "auto"
+    template_args: dict[str, Any] = {}  # for the template: {enable_thinking: false}
     max_prompt_tokens: PositiveInt = 512  # longer prompts are dropped, and counted
 
 
@@ -65,8 +81,16 @@ class WarmStart(Section):
 
 
 class Reward(Section):
-    """``shuffle`` hands the rewards of a step to random answers: a control in which nothing can be learnt."""
+    """How the recipe's ``reward`` is called. A call that raises, takes longer than ``timeout_s`` or returns what is no
+    score ends the run (``on_error: fail``), or its answers score ``penalty`` and are counted (``on_error: penalty``).
 
+    ``shuffle`` hands the rewards of a step to random answers: a control in which nothing can be learnt.
+    """
+
+    timeout_s: PositiveFloat = 10.0
+    on_error: Literal["fail", "penalty"] = "fail"
+    penalty: FiniteFloat = 0.0
+    concurrency: PositiveInt | None = None  # calls at a time; None: 4 in threads, or 64 of an `async def`
     shuffle: bool = False
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from rlhf.cluster import Cluster, make_cluster
 from rlhf.config import Config, dump_config
-from rlhf.data import tokenize
+from rlhf.data import Renderer, load_rows, tokenize
 from rlhf.evaluate import Evaluation
 from rlhf.plan import Plan, check
 from rlhf.recipe import Recipe, load_recipe
+from rlhf.roles.reward import RewardFunction
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
 from rlhf.tracking.console import Console
@@ -51,6 +52,7 @@ def prepare(config: Config, folder: Path) -> Task:
     from rollout_engine.models.checkpoint import load_hf_config, load_tokenizer, open_weights, resolve
 
     recipe = load_recipe(config.recipe.path)
+    rows = load_rows(config.data, recipe, config.eval.prompts)
     if config.model.path is None:
         checkpoint = folder / "initial"
         recipe.initial_model(checkpoint, config.run.seed)
@@ -60,25 +62,29 @@ def prepare(config: Config, folder: Path) -> Task:
         _ = recipe.warm_start  # raises where the recipe has none
     hf_config = load_hf_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    prompts, dropped = tokenize(recipe.prompts("train"), tokenizer, config.data.max_prompt_tokens)
-    held_out, _ = tokenize(recipe.prompts("eval"), tokenizer, config.data.max_prompt_tokens)
-    eval_prompts = held_out[: config.eval.prompts]
+    render = Renderer(config.data, tokenizer)
+    prompts, dropped = tokenize(rows.train, render)
+    eval_prompts = tokenize(rows.eval, render)[0][: config.eval.prompts]
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *eval_prompts))
     decoder = check(config, hf_config, tokenizer, longest)
     open_weights(checkpoint, family(hf_config).name_map(decoder))
-    plan = Plan(config, decoder, len(prompts), dropped, len(eval_prompts))
+    plan = Plan(config, decoder, rows.source, len(prompts), dropped, len(eval_prompts))
     return Task(recipe, checkpoint, tokenizer, prompts, eval_prompts, plan)
 
 
 def dry_run(config: Config) -> str:
-    """The plan, and the reward of an empty answer to four prompts; starts nothing."""
+    """The plan, a prompt as the model sees it, and the reward of an empty answer to four; starts nothing.
+
+    Raises ValueError for a reward that fails, whatever ``reward.on_error`` says.
+    """
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
-    lines = [str(task.plan)]
-    for prompt in task.prompts[:4]:
-        completion = Completion(prompt.text, "", (), "stop")
-        score = task.recipe.judge(prompt, [completion])[0]
-        lines.append(f"reward of an empty answer to {prompt.text!r}: {score.value if score else None}")
+    lines = [str(task.plan), "the first prompt, as the model sees it:", task.prompts[0].text, ""]
+    tried = task.prompts[:4]
+    section = config.reward.model_copy(update={"on_error": "fail"})
+    reward = RewardFunction(recipe=config.recipe.path, section=section, seed=config.run.seed)
+    for t in reward.score(tried, [[Completion(prompt.text, "", (), "stop")] for prompt in tried]):
+        lines.append(f"reward of an empty answer to {t.prompt.text!r:.200}: {t.score.value if t.score else None}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,10 @@ from rlhf.types import Trajectory, WeightUpdate
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Rewards with their parts, and lengths. Answers that were not judged count under ``reward/unjudged``."""
+    """Rewards with their parts (``reward/part/<name>``, so that no name of a user's hides one of ours), and lengths.
+
+    ``reward/unjudged`` is a share; ``reward/errors`` and ``reward/timeouts`` count answers that score the penalty.
+    """
     scores = [t.score for t in trajectories if t.score is not None]
     values = [score.value for score in scores]
     lengths = [len(t.completion.token_ids) for t in trajectories]
@@ -20,6 +23,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "reward/std": (sum((value - mean) ** 2 for value in values) / max(1, len(values))) ** 0.5,
         "reward/unjudged": (len(trajectories) - len(scores)) / len(trajectories),
         "reward/flat_groups": _flat_groups(trajectories),
+        "reward/errors": _problems(trajectories, "error"),
+        "reward/timeouts": _problems(trajectories, "timeout"),
         "length/mean": sum(lengths) / len(lengths),
         "length/max": max(lengths),
         "length/truncated": sum(t.truncated for t in trajectories) / len(trajectories),
@@ -27,7 +32,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
     for part in sorted({name for score in scores for name in score.parts}):
         values = [score.parts[part] for score in scores if part in score.parts]
-        metrics[f"reward/{part}"] = sum(values) / len(values)
+        metrics[f"reward/part/{part}"] = sum(values) / len(values)
     return metrics
 
 
@@ -37,6 +42,10 @@ def _flat_groups(trajectories: Sequence[Trajectory]) -> float:
     for t in trajectories:
         rewards.setdefault(t.group, set()).add(t.score.value if t.score else None)
     return sum(len(values) == 1 for values in rewards.values()) / len(rewards)
+
+
+def _problems(trajectories: Sequence[Trajectory], kind: str) -> int:
+    return sum(t.problem is not None and t.problem.kind == kind for t in trajectories)
 
 
 def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:

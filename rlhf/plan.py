@@ -19,6 +19,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 class Plan:
     config: Config
     decoder: DecoderConfig
+    source: str  # of the prompts
     num_prompts: int
     num_dropped: int
     num_eval: int
@@ -38,7 +39,7 @@ class Plan:
         lines = [
             f"run         {c.run.name}, seed {c.run.seed}, {c.run.steps} steps of "
             f"{c.rollout.prompts_per_step} prompts x {c.rollout.samples_per_prompt} samples = {rows} answers",
-            f"data        {self.num_prompts} training prompts ({self.num_dropped} dropped as too long), "
+            f"data        {self.source}: {self.num_prompts} training prompts ({self.num_dropped} dropped as too long), "
             f"{self.num_eval} held out",
             f"model       {parameters / 1e6:.2f} M parameters, {c.model.dtype}, {parameters * size / GIB:.3f} GiB",
             f"roles       {roles}; cluster {c.cluster.kind}, {ranks} rank{'s' * (ranks > 1)} per model role, "

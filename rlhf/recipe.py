@@ -1,10 +1,11 @@
-"""A recipe is a task: prompts, a reward, and where there is no model to download, how to make one.
+"""A recipe is a task: a reward, maybe prompts, and where there is no model to download, how to make one.
 
 A module (by name or as a .py file) with
 
 * ``reward(completion, **columns) -> float | Score | None``, or ``reward(completions, **columns) -> list`` for
-  the whole group at once; further parameters are columns of the prompt rows, matched by name;
-* ``prompts(split)``: rows ``{"prompt": text, **columns}`` for split "train" and "eval";
+  the whole group at once; further parameters are columns of the prompt rows, matched by name; ``def`` or ``async def``;
+* optional ``prompts(split)`` for splits "train" and "eval", or ``prompts()`` for training rows alone: rows
+  ``{"prompt": text or messages, **columns}``, for configs without ``data.path``;
 * optional ``initial_model(folder, seed)``: write a Hugging Face checkpoint to start from;
 * optional ``warm_start(seed)``: an endless iterable of (prompt, answer) texts to train on before the RL.
 """
@@ -16,13 +17,15 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf.types import Completion, Prompt, Score
+from rlhf.types import Problem, Prompt, Score
+
+Verdict = Score | Problem | None  # None: not judged
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,36 @@ class Recipe:
     takes_any: bool  # it has **columns
     per_group: bool
 
-    def prompts(self, split: str) -> list[dict[str, Any]]:
-        """Rows of a split. Raises ValueError where a row lacks the prompt or a column that the reward wants."""
-        rows = list(self.module.prompts(split))
-        if not rows:
-            raise ValueError(f"{self.module.__name__}.prompts({split!r}) gave no rows")
-        for i, row in enumerate(rows):
-            missing = [name for name in ("prompt", *self.columns) if name not in row]
-            if missing:
-                has = ", ".join(row)
-                raise ValueError(f"reward() wants {missing[0]!r}; row {i} of split {split!r} has {has}")
-        return rows
+    @property
+    def reward(self) -> Callable[..., Any]:
+        return self.module.reward
 
-    def judge(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score | None]:
-        """Scores of one prompt's answers."""
-        row = {"prompt": prompt.text, **prompt.columns}
-        columns = {name: value for name, value in row.items() if self.takes_any or name in self.takes}
-        if self.per_group:
-            given = self.module.reward(list(completions), **columns)
-        else:
-            given = [self.module.reward(completion, **columns) for completion in completions]
-        if not isinstance(given, (list, tuple)) or len(given) != len(completions):
-            raise ValueError(
-                f"reward() gave {given!r}; it must return a list of {len(completions)} scores, one an answer"
-            )
-        return [_score(value, prompt) for value in given]
+    def prompts(self, split: str) -> list[dict[str, Any]] | None:
+        """Rows of "train" or "eval"; None where the recipe leaves it to the caller to hold rows out."""
+        function = self._optional("prompts", "set data.path, or write prompts(split)")
+        if inspect.signature(function).parameters:
+            return list(function(split))
+        return list(function()) if split == "train" else None
+
+    def check_columns(self, rows: Sequence[dict[str, Any]], prompt: str) -> None:
+        """Raises ValueError where a row lacks the prompt (column ``prompt``) or a column that the reward wants."""
+        for i, row in enumerate(rows):
+            for who, name in (("data.prompt", prompt), *(("reward()", column) for column in self.columns)):
+                if name not in row:
+                    raise ValueError(f"{who} wants {name!r}; the data has {', '.join(row)} (row {i})")
+
+    def arguments(self, prompt: Prompt) -> dict[str, Any]:
+        """The columns of a row that the reward takes."""
+        return {name: value for name, value in prompt.columns.items() if self.takes_any or name in self.takes}
+
+    def verdicts(self, given: Any, count: int) -> list[Verdict]:
+        """What a call of the reward returned, as scores of the ``count`` answers that it judged."""
+        if not self.per_group:
+            return [_verdict(given)]
+        if not isinstance(given, (list, tuple)) or len(given) != count:
+            wrong = f"returned {given!r:.300}; for {count} answers it must return a list of {count} scores"
+            return [Problem("error", wrong)] * count
+        return [_verdict(value) for value in given]
 
     @property
     def initial_model(self) -> Any:
@@ -74,7 +82,7 @@ class Recipe:
         return found
 
 
-def _score(value: Any, prompt: Prompt) -> Score | None:
+def _verdict(value: Any) -> Verdict:
     if value is None:
         return None
     try:
@@ -82,14 +90,10 @@ def _score(value: Any, prompt: Prompt) -> Score | None:
             score = Score(float(value.value), {name: float(part) for name, part in value.parts.items()})
         else:
             score = Score(float(value))
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"reward() returned {value!r} for prompt {prompt.text!r}; return a number, a Score or None"
-        ) from None
-    if not math.isfinite(score.value):
-        raise ValueError(
-            f"reward() returned {score.value} for prompt {prompt.text!r}; a reward is a finite number, or None"
-        )
+    except (TypeError, ValueError, AttributeError):
+        return Problem("error", f"returned {value!r:.300}; it must return a number, a Score or None")
+    if not all(map(math.isfinite, (score.value, *score.parts.values()))):
+        return Problem("error", f"returned {value!r:.300}; rewards and their parts are finite numbers")
     return score
 
 
@@ -112,9 +116,8 @@ def load_recipe(path: str) -> Recipe:
             raise ValueError(
                 f"recipe.path={path!r}: {error}; give a module such as recipes.arithmetic, or a .py file"
             ) from error
-    for name in ("reward", "prompts"):
-        if not callable(vars(module).get(name)):
-            raise ValueError(f"recipe {path!r} has no function {name}()")
+    if not callable(vars(module).get("reward")):
+        raise ValueError(f"recipe {path!r} has no function reward()")
     parameters = list(inspect.signature(module.reward).parameters.values())
     if not parameters:
         raise ValueError(f"recipe {path!r}: reward() takes no parameter; its first one is the completion")

@@ -44,7 +44,7 @@ def spawn_roles(
         timeout_s=config.cluster.timeout_s,
     )
     reward = cluster.spawn(
-        "reward", RewardFunction, recipe=config.recipe.path, shuffle=config.reward.shuffle, seed=config.run.seed
+        "reward", RewardFunction, recipe=config.recipe.path, section=config.reward, seed=config.run.seed
     )
     scorers: list[Reference | Policy] = [
         cluster.spawn(

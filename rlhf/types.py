@@ -14,14 +14,18 @@ if TYPE_CHECKING:  # importing rlhf must not import torch
     from torch import Tensor
 
 
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of the data. ``columns`` are handed to the reward by name."""
 
     index: int
-    text: str
+    text: str  # as the model sees it: of a conversation, what the chat template made
     token_ids: tuple[int, ...]
     columns: dict[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()  # the conversation, where there is one
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,23 @@ class Completion:
     weight_versions: tuple[int, ...] = ()
     sample_id: int = 0
     temperature: float = 1.0
+    messages: tuple[Message, ...] = ()  # filled for the reward: the prompt's conversation, then this answer
 
 
 @dataclass(frozen=True)
 class Score:
-    """A reward with the parts it is made of, which are logged by name."""
+    """A reward with the parts it is made of, which are logged by name (``reward/part/<name>``)."""
 
     value: float
     parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an answer has no reward of its own; under ``reward.on_error: penalty`` it scores ``reward.penalty``."""
+
+    kind: str  # "error": raised, or returned what is no score | "timeout"
+    message: str
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,17 @@ class Trajectory:
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # True on sampled tokens
     logprobs: tuple[float, ...]  # of the sampler; 0 where loss_mask is False
+    problem: Problem | None = None  # the score is the penalty for it
 
     @classmethod
-    def from_completion(cls, prompt: Prompt, completion: Completion, group: int, score: Score | None) -> Trajectory:
+    def from_completion(
+        cls,
+        prompt: Prompt,
+        completion: Completion,
+        group: int,
+        score: Score | None,
+        problem: Problem | None = None,
+    ) -> Trajectory:
         if len(completion.logprobs) != len(completion.token_ids):
             raise ValueError(f"{len(completion.logprobs)} log-probs for {len(completion.token_ids)} tokens; one each")
         given = len(prompt.token_ids)
@@ -71,6 +92,7 @@ class Trajectory:
             token_ids=(*prompt.token_ids, *completion.token_ids),
             loss_mask=(False,) * given + (True,) * len(completion.token_ids),
             logprobs=(0.0,) * given + completion.logprobs,
+            problem=problem,
         )
 
     @property

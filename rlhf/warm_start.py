@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.algorithms.sft import SFT
 from rlhf.cluster import Cluster
 from rlhf.config import Config
+from rlhf.data import Renderer
 from rlhf.packing import pack_supervised
 from rlhf.recipe import Recipe
 from rlhf.roles.policy import Policy
@@ -40,7 +41,7 @@ def warm_start(
         seed=config.run.seed,
         timeout_s=config.cluster.timeout_s,
     )
-    rows = _token_rows(recipe, tokenizer, config.run.seed)
+    rows = _token_rows(recipe, Renderer(config.data, tokenizer), config.run.seed)
     recent: deque[float] = deque(maxlen=AVERAGED)
     for step in range(1, section.steps + 1):
         console.phase(step, section.steps, "warm start")
@@ -64,8 +65,9 @@ def warm_start(
     return folder
 
 
-def _token_rows(recipe: Recipe, tokenizer: Any, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt and answer ids; the answer ends with the end-of-sequence token."""
+def _token_rows(recipe: Recipe, render: Renderer, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids of the prompt, as the RL will show it, and of the answer, which ends with the end-of-sequence token."""
     for prompt, answer in recipe.warm_start(seed):
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        yield tokenizer(prompt)["input_ids"], [*answer_ids, tokenizer.eos_token_id]
+        _, prompt_ids, _ = render(prompt)
+        answer_ids = render.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        yield list(prompt_ids), [*answer_ids, render.tokenizer.eos_token_id]

@@ -12,10 +12,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=not begins)["input_ids"])
 
 
-def encode_chat(
+def render_chat(
     tokenizer: Any, messages: Sequence[dict[str, Any]], *, chat_template: str | None = None, **template_args: Any
-) -> list[int]:
-    """Ids of a conversation up to where the assistant speaks.
+) -> str:
+    """A conversation up to where the assistant speaks, as the text that the template makes of it.
 
     Args:
         messages: ``{"role": ..., "content": ...}`` each. chat_template: Jinja text; None takes the tokenizer's own.
@@ -29,8 +29,18 @@ def encode_chat(
         )
     arguments = {"add_generation_prompt": True, **template_args}
     try:
-        # The template writes the special tokens itself; the tokenizer adds none here.
-        text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **arguments)
+        return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **arguments)
     except Exception as error:  # Jinja has many kinds
         raise ValueError(f"the chat template refuses the messages {list(messages)!r:.200}: {error}") from error
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], *, chat_template: str | None = None, **template_args: Any
+) -> list[int]:
+    """Ids of a conversation; see :func:`render_chat`."""
+    return encode_rendered(tokenizer, render_chat(tokenizer, messages, chat_template=chat_template, **template_args))
+
+
+def encode_rendered(tokenizer: Any, text: str) -> list[int]:
+    """Ids of what a template made: it wrote the special tokens itself, the tokenizer adds none."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,42 +1,140 @@
-"""Rewards from the recipe's function."""
+"""Rewards from the recipe's function, which runs in the background while answers are still being sampled."""
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from rlhf.recipe import load_recipe
-from rlhf.types import Completion, Prompt, Score, Trajectory
+from rlhf import config
+from rlhf.calls import Overdue, make_caller
+from rlhf.recipe import Verdict, load_recipe
+from rlhf.types import Completion, Problem, Prompt, Score, Trajectory
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25  # between looks for calls that hang
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of ``reward``, and the answers that it judges: one, or a whole group."""
+
+    answers: Sequence[Completion]
+    future: Future[Any]
+
+
+@dataclass(frozen=True)
+class _Group:
+    index: int
+    prompt: Prompt
+    calls: list[_Call]
 
 
 class RewardFunction:
     """Args:
-    recipe: module name or .py file with ``reward``. shuffle: the control of ``config.Reward``. seed: of it.
+    recipe: module name or .py file with ``reward``. section: what a failure means, timeouts, the control ``shuffle``.
+    seed: of the control.
     """
 
-    def __init__(self, *, recipe: str, shuffle: bool, seed: int) -> None:
+    def __init__(self, *, recipe: str, section: config.Reward, seed: int) -> None:
         self.recipe = load_recipe(recipe)
-        self.shuffle = shuffle
+        self.section = section
         self.random = random.Random(seed)
+        self.caller = make_caller(self.recipe.reward, section.timeout_s, section.concurrency)
+        self.groups: list[_Group] = []
+
+    def submit(self, group: int, prompt: Prompt, completions: Sequence[Completion]) -> None:
+        """Start to judge the answers of a group; returns at once."""
+        self.caller.watch()
+        columns = self.recipe.arguments(prompt)
+        seen = [_with_messages(prompt, completion) for completion in completions]
+        if self.recipe.per_group:
+            calls = [_Call(completions, self.caller.start(partial(self.recipe.reward, seen, **columns)))]
+        else:
+            futures = [self.caller.start(partial(self.recipe.reward, answer, **columns)) for answer in seen]
+            calls = [_Call([answer], future) for answer, future in zip(completions, futures, strict=True)]
+        self.groups.append(_Group(group, prompt, calls))
+
+    def collect(self, *, control: bool = False) -> list[Trajectory]:
+        """Everything submitted since the last time, judged, in the order of the groups.
+
+        Bounded: a call has ``reward.timeout_s`` from its start. ``control`` applies ``reward.shuffle`` (training does,
+        evaluation never). Raises ValueError when too many calls hang, and, under ``reward.on_error: fail``, for the
+        first one that went wrong.
+        """
+        groups, self.groups = sorted(self.groups, key=lambda group: group.index), []
+        futures = [call.future for group in groups for call in group.calls]
+        while not _settled(futures, at_first_failure=self.section.on_error == "fail"):
+            self.caller.watch()
+        judged = [(group, answer, verdict) for group in groups for answer, verdict in self._verdicts(group)]
+        self._report([(group.prompt, answer, v) for group, answer, v in judged if isinstance(v, Problem)], len(judged))
+        verdicts = [verdict for _, _, verdict in judged]
+        if control and self.section.shuffle:
+            self.random.shuffle(verdicts)
+        return [
+            self._trajectory(group, answer, verdict)
+            for (group, answer, _), verdict in zip(judged, verdicts, strict=True)
+        ]
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], *, control: bool = False
     ) -> list[Trajectory]:
-        """Judge every answer. ``control`` applies ``shuffle`` (training does, evaluation never).
+        """Judge the answers to these prompts: :meth:`submit` and :meth:`collect`."""
+        for group, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
+            self.submit(group, prompt, answers)
+        return self.collect(control=control)
 
-        Raises ValueError when the reward returns something that isn't a finite number, a Score or None.
-        """
-        judged = [self.recipe.judge(p, answers) for p, answers in zip(prompts, completions, strict=True)]
-        if control and self.shuffle:
-            judged = self._shuffled(judged)
-        return [
-            Trajectory.from_completion(prompt, answer, group, score)
-            for group, (prompt, answers, scores) in enumerate(zip(prompts, completions, judged, strict=True))
-            for answer, score in zip(answers, scores, strict=True)
-        ]
+    def _verdicts(self, group: _Group) -> Iterator[tuple[Completion, Verdict]]:
+        for call in group.calls:
+            if not call.future.done():  # another one failed, and under `fail` that is the end
+                continue
+            error = call.future.exception()
+            if error is None:
+                verdicts = self.recipe.verdicts(call.future.result(), len(call.answers))
+            elif isinstance(error, Overdue):
+                verdicts = [Problem("timeout", f"did not return within {self.section.timeout_s:g} s{error}")]
+                verdicts *= len(call.answers)
+            else:
+                verdicts = [Problem("error", f"raised {_described(error)}")] * len(call.answers)
+            yield from zip(call.answers, verdicts, strict=True)
 
-    def _shuffled(self, judged: list[list[Score | None]]) -> list[list[Score | None]]:
-        flat = [score for scores in judged for score in scores]
-        self.random.shuffle(flat)
-        rest = iter(flat)
-        return [[next(rest) for _ in scores] for scores in judged]
+    def _report(self, failed: list[tuple[Prompt, Completion, Problem]], count: int) -> None:
+        """Raise for the first answer without a reward, or log it."""
+        if not failed:
+            return
+        prompt, answer, problem = failed[0]
+        what = f"reward() {problem.message}, for prompt {prompt.text!r:.300} and answer {answer.text!r:.300}"
+        if self.section.on_error == "fail":
+            raise ValueError(f"{what}. Mend it, or set reward.on_error=penalty")
+        log.warning("%d of %d answers score the penalty %g: %s", len(failed), count, self.section.penalty, what)
+
+    def _trajectory(self, group: _Group, answer: Completion, verdict: Verdict) -> Trajectory:
+        if isinstance(verdict, Problem):
+            penalty = Score(self.section.penalty)
+            return Trajectory.from_completion(group.prompt, answer, group.index, penalty, verdict)
+        return Trajectory.from_completion(group.prompt, answer, group.index, verdict)
+
+
+def _settled(futures: Sequence[Future[Any]], *, at_first_failure: bool) -> bool:
+    state = wait(futures, POLL_S, FIRST_EXCEPTION if at_first_failure else ALL_COMPLETED)
+    return not state.not_done or (at_first_failure and any(future.exception() for future in state.done))
+
+
+def _with_messages(prompt: Prompt, completion: Completion) -> Completion:
+    if not prompt.messages:
+        return completion
+    return replace(completion, messages=(*prompt.messages, {"role": "assistant", "content": completion.text}))
+
+
+def _described(error: BaseException) -> str:
+    """Type, message and place of an exception."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

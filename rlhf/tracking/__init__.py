@@ -88,4 +88,5 @@ def _row(step: int, t: Trajectory, advantage: float | None) -> dict[str, Any]:
         "version": t.completion.weight_versions[-1] if t.completion.weight_versions else None,
         "logprob": sum(t.completion.logprobs),
         "token_ids": t.completion.token_ids,
+        "problem": t.problem.message if t.problem else None,
     }

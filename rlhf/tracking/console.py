@@ -50,6 +50,8 @@ def step_line(row: dict[str, Any], steps: int) -> str:
     parts.append(f"gap {_short(row['rollout/logprob_gap_max'])}")
     if row.get("policy/skipped_updates"):
         parts.append(f"SKIPPED {row['policy/skipped_updates']:.0f} updates")
+    if failed := row.get("reward/errors", 0) + row.get("reward/timeouts", 0):
+        parts.append(f"REWARD FAILED on {failed:.0f} answers")
     times = " ".join(f"{name} {row[f'time/{name}']:.1f}" for name in ("generate", "reward", "train", "swap"))
     parts.append(f"| {times.replace('generate', 'gen')} = {row['time/step']:.1f} s")
     parts.append(f"| {_count(row['throughput/tokens_per_s'])} tok/s | ETA {clock(row['time/eta'])}")
