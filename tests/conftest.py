@@ -1,4 +1,4 @@
-"""One thread unless a test asks for more: two threads on two busy cores wait for each other."""
+"""One thread unless a test asks for more: two threads on two busy cores wait for each other. And a tiny chat model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,61 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads OpenMP
 
+from pathlib import Path
+
 import pytest
 import torch
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random qwen3 with a token a byte, a ChatML template that writes <bos>, and a tokenizer that adds it too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+    from rollout_engine.models import qwen3
+    from rollout_engine.models.checkpoint import Model, save_model
+    from rollout_engine.models.decoder import Decoder
+
+    special = ["<bos>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {t: i for i, t in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+    hf_config = Qwen3Config(
+        vocab_size=len(vocabulary) + 5,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    decoder = Decoder(qwen3.decoder_config(hf_config), len(vocabulary))
+    decoder.init_weights(0, std=0.05)
+    folder = tmp_path_factory.mktemp("chat") / "hf"
+    save_model(Model(decoder, hf_config, tokenizer, (2,)), folder)
+    return folder

@@ -19,7 +19,7 @@ import pytest
 from command_line import ROOT, SMALL, command, environment, metrics_of
 
 from rlhf.cluster import RoleDied
-from rlhf.config import Cluster
+from rlhf.config import Cluster, Reward
 from rlhf.division import Join, over_ranks
 from rlhf.roles.reward import RewardFunction
 
@@ -122,7 +122,7 @@ def test_a_call_that_hangs_ends_with_the_roles_name(cluster) -> None:  # type: i
 
 
 def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # type: ignore[no-untyped-def]
-    judge = {"recipe": "recipes.arithmetic", "shuffle": False, "seed": 0}
+    judge = {"recipe": "recipes.arithmetic", "section": Reward(), "seed": 0}
     reward = cluster.spawn("judge", RewardFunction, **judge)
     assert reward.score([], []) == []
     (pid,) = reward._pids
@@ -205,7 +205,7 @@ def test_a_port_taken_meanwhile_is_tried_once_more(cluster, tmp_path: Path) -> N
 
 def test_an_error_in_a_role_keeps_its_type_and_message(cluster) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=r"recipe\.path='no_such_module'"):
-        cluster.spawn("judge", RewardFunction, recipe="no_such_module", shuffle=False, seed=0)
+        cluster.spawn("judge", RewardFunction, recipe="no_such_module", section=Reward(), seed=0)
 
 
 def test_shuffled_metrics_differ(run_training: Callable[..., Path]) -> None:

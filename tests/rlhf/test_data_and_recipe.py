@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from recipes import arithmetic
-from rlhf.data import PromptStream, tokenize
-from rlhf.recipe import Recipe, load_recipe
+from rlhf.config import Data, Reward
+from rlhf.data import PromptStream, Renderer, load_rows, tokenize
+from rlhf.recipe import load_recipe
 from rlhf.roles.reward import RewardFunction
 from rlhf.types import Completion, Prompt, Score
 from rollout_engine.models.checkpoint import Model, load_model
@@ -62,23 +63,32 @@ def test_a_stream_resumes_from_its_position(position: int) -> None:
 # ---------------------------------------------------------------- tokenize
 
 
-def letters(text: str) -> dict[str, list[int]]:
-    return {"input_ids": [ord(c) for c in text]}
+class Letters:
+    """A tokenizer with a token a character and no special ones."""
+
+    bos_token = chat_template = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def letters(max_prompt_tokens: int) -> Renderer:
+    return Renderer(Data(max_prompt_tokens=max_prompt_tokens), Letters())
 
 
 def test_tokenize_keeps_columns_and_row_numbers_and_counts_what_it_drops() -> None:
     rows = [{"prompt": "ab", "answer": 1}, {"prompt": "abcd", "answer": 2}, {"prompt": "abc", "answer": 3}]
-    prompts, dropped = tokenize(rows, letters, max_tokens=3)
+    prompts, dropped = tokenize(rows, letters(3))
     assert dropped == 1
-    assert prompts == [Prompt(0, "ab", (97, 98), {"answer": 1}), Prompt(2, "abc", (97, 98, 99), {"answer": 3})]
+    assert prompts == [Prompt(0, "ab", (97, 98), rows[0]), Prompt(2, "abc", (97, 98, 99), rows[2])]
     assert rows[0] == {"prompt": "ab", "answer": 1}
 
 
 def test_an_empty_prompt_and_nothing_left_are_errors() -> None:
-    with pytest.raises(ValueError, match="row 1 has an empty prompt"):
-        tokenize([{"prompt": "a"}, {"prompt": ""}], letters, 3)
+    with pytest.raises(ValueError, match="row 1: the prompt is empty"):
+        tokenize([{"prompt": "a"}, {"prompt": ""}], letters(3))
     with pytest.raises(ValueError, match=r"all 2 prompts are longer than data\.max_prompt_tokens=1"):
-        tokenize([{"prompt": "ab"}, {"prompt": "cd"}], letters, 1)
+        tokenize([{"prompt": "ab"}, {"prompt": "cd"}], letters(1))
 
 
 # ---------------------------------------------------------------- recipes
@@ -99,8 +109,13 @@ def write(tmp_path: Path) -> Write:
 
 def judged(path: str, count: int = 2, columns: dict[str, Any] | None = None) -> list[Score | None]:
     """Scores of one prompt's answers, texts 0, 1, 2 ..."""
-    answers = [Completion("a", str(i), (i,), "stop", (-1.0,)) for i in range(count)]
-    return load_recipe(path).judge(Prompt(0, "a", (1,), {"answer": "1"} if columns is None else columns), answers)
+    prompt = Prompt(0, "a", (1,), {"prompt": "a", "answer": "1"} if columns is None else columns)
+    return judge(path, prompt, [Completion("a", str(i), (i,), "stop", (-1.0,)) for i in range(count)])
+
+
+def judge(path: str, prompt: Prompt, answers: list[Completion]) -> list[Score | None]:
+    role = RewardFunction(recipe=path, section=Reward(), seed=0)
+    return [t.score for t in role.score([prompt], [answers])]
 
 
 def test_a_recipe_loads_by_file_and_by_module(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +124,7 @@ def test_a_recipe_loads_by_file_and_by_module(write: Write, tmp_path: Path, monk
     for given in (path, "by_module_9f2"):
         recipe = load_recipe(given)
         assert (recipe.columns, recipe.per_group) == (("answer",), False)
-        assert [row["prompt"] for row in recipe.prompts("train")] == ["a", "bb"]
+        assert [row["prompt"] for row in recipe.prompts("train") or []] == ["a", "bb"]
         assert judged(given) == [Score(0.0), Score(1.0)]
     sys.modules.pop("by_module_9f2", None)
 
@@ -132,37 +147,34 @@ def test_a_recipe_that_is_not_there(path: str) -> None:
 def test_a_recipe_without_reward_or_prompts(write: Write) -> None:
     with pytest.raises(ValueError, match=r"no function reward\(\)"):
         load_recipe(write("reward = 1"))
-    with pytest.raises(ValueError, match=r"no function prompts\(\)"):
-        load_recipe(write("def reward(completion): return 1", prompts=""))
+    recipe = load_recipe(write("def reward(completion): return 1", prompts=""))
+    with pytest.raises(ValueError, match=r"has no prompts; set data\.path, or write prompts\(split\)"):
+        load_rows(Data(), recipe, 1)
     with pytest.raises(ValueError, match="reward"):  # a package is there, a recipe isn't
         load_recipe("recipes")
 
 
 def test_a_column_that_the_rows_lack_is_named_with_those_they_have(write: Write) -> None:
     recipe = load_recipe(write("def reward(completion, answr): return 1"))
-    with pytest.raises(ValueError, match=r"wants 'answr'; row 0 of split 'train' has prompt, answer"):
-        recipe.prompts("train")
-    late = "\ndef prompts(split): return [{'prompt': 'a', 'x': 1}] * 3 + [{'prompt': 'b'}]"
-    with pytest.raises(ValueError, match="'x'; row 3 of split 'eval' has prompt"):
-        load_recipe(write("def reward(completion, x): return 1", prompts=late)).prompts("eval")
+    with pytest.raises(ValueError, match=r"^reward\(\) wants 'answr'; the data has prompt, answer \(row 0\)$"):
+        load_rows(Data(), recipe, 1)
+    late = "\ndef prompts(split): return [{'prompt': 'a', 'x': 1}] * 3 + [{'prompt': 'b'}] * (split == 'eval')"
+    with pytest.raises(ValueError, match=r"'x'; the data has prompt \(row 3\)"):
+        load_rows(Data(), load_recipe(write("def reward(completion, x): return 1", prompts=late)), 1)
 
 
 def test_a_split_without_rows_or_prompt_is_an_error(write: Write) -> None:
     source = "def reward(completion): return 1"
-    with pytest.raises(ValueError, match="gave no rows"):
-        load_recipe(write(source, prompts="\ndef prompts(split): yield from ()")).prompts("eval")
-    with pytest.raises(ValueError, match="'prompt'; row 0"):
-        load_recipe(write(source, prompts="\ndef prompts(split): yield {'text': 'a'}")).prompts("eval")
+    with pytest.raises(ValueError, match="has no rows for split 'train'"):
+        load_rows(Data(), load_recipe(write(source, prompts="\ndef prompts(split): yield from ()")), 1)
+    with pytest.raises(ValueError, match=r"data\.prompt wants 'prompt'; the data has text \(row 0\)"):
+        load_rows(Data(), load_recipe(write(source, prompts="\ndef prompts(split): yield {'text': 'a'}")), 1)
 
 
-def test_asking_for_the_prompt_works_or_is_refused_before_the_run(write: Write) -> None:
+def test_a_reward_may_ask_for_the_prompt_which_is_a_column_too(write: Write) -> None:
     path = write("def reward(completion, prompt): return len(prompt)")
-    try:
-        rows = load_recipe(path).prompts("train")
-    except ValueError:
-        return
-    prompts, _ = tokenize(rows, letters, 9)
-    scores = [load_recipe(path).judge(p, [Completion(p.text, "", (), "stop")]) for p in prompts]
+    prompts, _ = tokenize(load_rows(Data(), load_recipe(path), 1).train, letters(9))
+    scores = [judge(path, p, [Completion(p.text, "", (), "stop")]) for p in prompts]
     assert scores == [[Score(1.0)], [Score(2.0)]]
 
 
@@ -176,7 +188,9 @@ def test_a_reward_may_judge_the_whole_group(write: Write) -> None:
 
 
 def test_a_group_reward_must_have_one_score_an_answer(write: Write) -> None:
-    with pytest.raises(ValueError, match="must return a list of 3 scores"):
+    with pytest.raises(
+        ValueError, match=r"returned \[1\.0\]; for 3 answers it must return a list of 3 scores, for prompt 'a'"
+    ):
         judged(write("def reward(completions): return [1.0]"), 3)
 
 
@@ -187,7 +201,7 @@ def test_a_group_reward_that_returns_one_number_is_a_value_error(write: Write) -
 
 @pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "'good'", "[1.0]", "Score(float('nan'))"])
 def test_what_is_no_finite_number_is_refused(write: Write, value: str) -> None:
-    with pytest.raises(ValueError, match=r"reward\(\) returned .* for prompt 'a'"):
+    with pytest.raises(ValueError, match=r"reward\(\) returned .* for prompt 'a' and answer '0'"):
         judged(write(f"from rlhf import Score\ndef reward(completion): return {value}"))
 
 
@@ -218,7 +232,7 @@ def scored(write: Write, *, shuffle: bool, control: bool, seed: int = 0) -> list
         "def reward(completion):\n    number = int(completion.text)\n    return None if number % 10 == 9 else number"
     )
     answers = [[Completion("", str(4 * g + i), (7,), "stop", (-1.0,)) for i in range(4)] for g in range(8)]
-    role = RewardFunction(recipe=path, shuffle=shuffle, seed=seed)
+    role = RewardFunction(recipe=path, section=Reward(shuffle=shuffle), seed=seed)
     found = role.score(numbered(8), answers, control=control)
     assert [t.prompt.index for t in found] == [t.group for t in found]
     return [(t.completion.text, t.group, t.score.value if t.score else None) for t in found]
@@ -259,7 +273,7 @@ def right(prompt: str, answer: str) -> bool:
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict[str, Any]]]:
-    return {split: list(load_recipe("recipes.arithmetic").prompts(split)) for split in ("train", "eval")}
+    return {split: load_recipe("recipes.arithmetic").prompts(split) or [] for split in ("train", "eval")}
 
 
 @pytest.fixture(scope="module")
@@ -303,9 +317,9 @@ def test_a_leak_would_be_seen(held_out: set[frozenset[int]]) -> None:
     ],
 )
 def test_the_reward_is_one_for_the_finished_right_answer(text: str, reason: str, reward: float) -> None:
-    recipe: Recipe = load_recipe("recipes.arithmetic")
     prompt = Prompt(0, "40+02=", (1,), {"answer": "240"})
-    assert recipe.judge(prompt, [Completion("40+02=", text, (1,), reason, (-1.0,))]) == [Score(reward)]
+    answers = [Completion("40+02=", text, (1,), reason, (-1.0,))]
+    assert judge("recipes.arithmetic", prompt, answers) == [Score(reward)]
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from recipes import arithmetic
-from rlhf.config import load_config
+from rlhf.config import Reward, load_config
 from rlhf.launch import dry_run, launch
-from rlhf.recipe import load_recipe
+from rlhf.roles.reward import RewardFunction
 from rlhf.types import Completion, Prompt, Score
 
 CONFIG = Path(__file__).parents[2] / "configs" / "arithmetic_grpo_cpu.yaml"
@@ -80,15 +80,19 @@ def test_a_recipe_without_what_the_config_asks_for_is_refused(tmp_path: Path) ->
         dry_run(load_config(CONFIG, [f"recipe.path={recipe}"]))
 
 
+def score_of(recipe: Path, columns: dict[str, object]) -> Score | None:
+    """Of an empty answer."""
+    role = RewardFunction(recipe=str(recipe), section=Reward(), seed=0)
+    return role.score([Prompt(0, "a", (1,), columns)], [[Completion("a", "", (), "stop")]])[0].score
+
+
 def test_every_column_reaches_the_reward_that_has_a_parameter_for_it(tmp_path: Path) -> None:
     recipe = tmp_path / "columns.py"
     recipe.write_text(
         "def prompts(split): return [{'prompt': 'a', 'answer': '1', 'level': 5}]\n"
         "def reward(completion, answer, level=0, **rest): return level + len(rest)\n"
     )
-    loaded = load_recipe(str(recipe))
-    prompt = Prompt(0, "a", (1,), {"answer": "1", "level": 5})
-    assert loaded.judge(prompt, [Completion("a", "", (), "stop")]) == [Score(6.0)]  # rest holds the prompt
+    assert score_of(recipe, {"prompt": "a", "answer": "1", "level": 5}) == Score(6.0)  # rest holds the prompt
 
 
 def test_a_score_of_numpy_numbers_becomes_one_that_logs_can_hold(tmp_path: Path) -> None:
@@ -98,5 +102,5 @@ def test_a_score_of_numpy_numbers_becomes_one_that_logs_can_hold(tmp_path: Path)
         "def prompts(split): return [{'prompt': 'a'}]\n"
         "def reward(completion): return Score(np.float32(0.5), {'ok': np.bool_(True)})\n"
     )
-    (score,) = load_recipe(str(recipe)).judge(Prompt(0, "a", (1,)), [Completion("a", "", (), "stop")])
+    score = score_of(recipe, {"prompt": "a"})
     assert score is not None and json.dumps([score.value, score.parts]) == '[0.5, {"ok": 1.0}]'

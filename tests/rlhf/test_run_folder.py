@@ -236,7 +236,7 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["reward/unjudged"] == metrics["length/truncated"] == pytest.approx(1 / 7)
     assert metrics["reward/flat_groups"] == pytest.approx(1 / 3)
     assert (metrics["length/mean"], metrics["length/max"]) == (3.0, 5)
-    assert (metrics["reward/form"], metrics["reward/rare"]) == (0.5, 5.0)
+    assert (metrics["reward/part/form"], metrics["reward/part/rare"]) == (0.5, 5.0)
 
 
 def test_several_updates_merge_into_one_row() -> None:
