@@ -28,6 +28,9 @@ BLOCKED_S = 5.0  # a loop that is this late with a timeout is blocked
 class Overdue(TimeoutError):
     """The call did not return in time."""
 
+    def __init__(self, timeout_s: float, hint: str = "") -> None:
+        super().__init__(f"did not return within {timeout_s:g} s{hint}")
+
 
 class Call:
     """One call. ``future`` is settled once: whoever comes second is told so."""
@@ -75,7 +78,7 @@ class Threads:
         """Give up calls that are overdue. Raises ValueError when too many threads hang."""
         for i, worker in enumerate(self.workers):
             call = worker.call
-            if call is None or not call.is_overdue(self.timeout_s) or not call.settle(error=Overdue()):
+            if call is None or not call.is_overdue(self.timeout_s) or not call.settle(error=Overdue(self.timeout_s)):
                 continue
             self.num_hung += 1
             log.warning("a call hangs; its thread is left behind (%d so far), a new one takes over", self.num_hung)
@@ -121,7 +124,7 @@ class Tasks:
         self.slots = asyncio.Semaphore(self.concurrency)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=_serve, args=(self.loop,), daemon=True).start()
-        weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
+        self.end_loop = weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
 
     def start(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Future[Any]:
         """Queue a call; returns at once."""
@@ -142,7 +145,7 @@ class Tasks:
             await asyncio.wait([task], timeout=self.timeout_s)
             if not task.done():
                 task.cancel()
-                call.settle(error=Overdue())
+                call.settle(error=Overdue(self.timeout_s))
             elif task.cancelled():
                 call.settle(error=RuntimeError("the call was cancelled from within"))
             elif error := task.exception():
@@ -164,20 +167,22 @@ class Tasks:
         )
         if self.num_hung >= MAX_HUNG:
             raise ValueError(f"{self.num_hung} calls of the function block event loops that can't be ended; mend it")
-        stuck, old = self.running, self.loop
+        stuck = self.running
+        self.end_loop()  # should it ever wake
         self._open_loop()
-        old.call_soon_threadsafe(old.stop)
+        hint = ": it, or a call beside it, blocks the event loop; await what takes time, or write a plain `def`"
         for call in stuck:
-            call.settle(error=Overdue("it blocks the event loop: await instead, or use a plain `def`"))
+            call.settle(error=Overdue(self.timeout_s, hint))
         for call in list(self.waiting):
             asyncio.run_coroutine_threadsafe(self._run(call, self.slots), self.loop)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+    loop.run_forever()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))  # they take notice
+    loop.close()
 
 
 async def _contained(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

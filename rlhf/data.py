@@ -40,6 +40,8 @@ def load_rows(section: config.Data, recipe: Recipe, num_eval: int) -> Rows:
         train = read_split(section, "train_split", section.train_split)
         held_out = read_split(section, "eval_split", section.eval_split) if section.eval_split else None
     if train and held_out is None:
+        if len(train) < 2:
+            raise ValueError(f"{source} has 1 row; give more, so that one can be held out, or name a data.eval_split")
         train, held_out = _hold_out(train, num_eval)
     for split, rows in (("train", train), ("eval", held_out)):
         if not rows:

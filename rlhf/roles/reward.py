@@ -99,8 +99,7 @@ class RewardFunction:
             if error is None:
                 verdicts = self.recipe.verdicts(call.future.result(), len(call.answers))
             elif isinstance(error, Overdue):
-                verdicts = [Problem("timeout", f"did not return within {self.section.timeout_s:g} s{error}")]
-                verdicts *= len(call.answers)
+                verdicts = [Problem("timeout", str(error))] * len(call.answers)
             else:
                 verdicts = [Problem("error", f"raised {_described(error)}")] * len(call.answers)
             yield from zip(call.answers, verdicts, strict=True)
