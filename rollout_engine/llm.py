@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import operator
+from collections.abc import Callable, Container, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from kernels.exactness import check_exact
+from rollout_engine import chat, streaming
+from rollout_engine.admission import Admission, Prompt
 from rollout_engine.block_manager import BlockManager
 from rollout_engine.config import EngineConfig
+from rollout_engine.detokenizer import Detokenizer
 from rollout_engine.kv_cache import KVCache
 from rollout_engine.models.checkpoint import Model, load_model
 from rollout_engine.progress import Progress
@@ -26,10 +29,7 @@ from rollout_engine.types import (
     RequestOutput,
     SamplingParams,
     Sequence,
-    fits_int64,
 )
-
-Prompt = str | dict[str, Any] | list[int]
 
 
 class StaleWeightsError(RuntimeError):
@@ -93,7 +93,8 @@ class LLM:
             stats=self.counters,
         )
         self.runner = Runner(decoder, self.kv_cache)
-        self._request_ids = itertools.count()
+        self._admission = Admission(model, self.config, self.kv_cache.num_pages)
+        self._detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
         self._sample_ids = itertools.count()
         self._groups: dict[int, Group] = {}
         self._unclaimed: list[RequestOutput] = []  # finished while `generate` ran for somebody else
@@ -111,8 +112,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer all prompts; results in their order.
 
-        A prompt is text, a list of token ids, or ``{"prompt_token_ids": [...]}``. ``params`` is one for all
-        or one each. ``sample_ids`` (n per prompt) names the samples for the noise, so that a caller gets the
+        A prompt is text, a list of token ids, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or
+        ``{"messages": [...]}`` (through the tokenizer's chat template). ``params`` is one for all or one each.
+        ``sample_ids`` (n per prompt) names the samples for the noise, so that a caller gets the
         same tokens whatever the batch; by default samples are numbered as they come. ``progress`` labels a bar.
 
         Every prompt is checked before the first is run. Raises ValueError for bad input, StaleWeightsError
@@ -127,7 +129,7 @@ class LLM:
                 raise ValueError(f"{len(todo)} prompts but {len(given)} {name}; give one for each prompt")
         self._check_fresh()
         names: Seq[Seq[int] | None] = sample_ids or [None] * len(todo)
-        groups = [self._group(*request) for request in zip(todo, each, names, strict=True)]
+        groups = [self._admission.group(*request) for request in zip(todo, each, names, strict=True)]
         for group in groups:
             self._enqueue(group)
         wanted = {group.request_id for group in groups}
@@ -135,18 +137,65 @@ class LLM:
         with Progress(progress, total=sum(g.params.n for g in groups)) as bar:
             while len(outputs) < len(groups):
                 before = self.counters.sampled
-                finished = self._advance()
-                mine = [out for out in finished if out.request_id in wanted]
-                self._unclaimed += [out for out in finished if out.request_id not in wanted]
+                mine = self.step_for(wanted)
                 outputs.update({out.request_id: out for out in mine})
                 bar.advance(sum(len(out.outputs) for out in mine), tokens=self.counters.sampled - before)
         return [outputs[group.request_id] for group in groups]
+
+    def chat(
+        self,
+        conversations: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        **template_args: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation (a list of ``{"role": ..., "content": ...}``), or each of several.
+
+        ``chat_template`` is Jinja text in place of the tokenizer's own; ``template_args`` go to the template
+        (``enable_thinking``, ``tools``, ...). Raises as :meth:`generate` does, and ValueError for messages that the
+        template refuses.
+        """
+        if self.tokenizer is None:
+            raise ValueError("chat needs a tokenizer, and this engine was built without; generate takes token ids")
+        single = len(conversations) > 0 and isinstance(conversations[0], dict)
+        todo: list[Any] = [conversations] if single else conversations
+        prompts = [chat.encode_chat(self.tokenizer, m, chat_template=chat_template, **template_args) for m in todo]
+        return self.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+
+    def stream(
+        self,
+        rows: Iterable[Any],
+        params: SamplingParams | None = None,
+        *,
+        prompt: Callable[[Any], Prompt] | None = None,
+        sample_ids: Callable[[Any], Seq[int]] | None = None,
+        ordered: bool = False,
+    ) -> Iterator[RequestOutput]:
+        """Answer a stream of rows, endless if need be, in bounded memory.
+
+        Rows are pulled as answers finish, no more than keep ``max_num_seqs`` answers in flight. Outputs come as
+        they finish; ``position`` says which row each belongs to. With ``ordered`` they come in the rows' order, and
+        rows are pulled at most ``4 * max_num_seqs`` answers ahead of the oldest one that isn't out.
+
+        Args:
+            prompt: makes a row's prompt (see :meth:`generate`); without it the row is the prompt.
+            sample_ids: names a row's n samples for the noise; without it they are numbered as :meth:`generate` does.
+
+        A row that is refused, by ``prompt`` raising ValueError or by the engine, doesn't end the stream: its output
+        has ``error`` set and no ``outputs``. Closing the generator aborts what is in flight.
+
+        Raises ValueError for ``params`` that no prompt could be run with, StaleWeightsError as :meth:`step`.
+        """
+        params = params or SamplingParams()
+        self._admission.check(params)
+        return streaming.stream(self, iter(rows), params, prompt or (lambda row: row), sample_ids, ordered)
 
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, *, sample_ids: Seq[int] | None = None
     ) -> int:
         """Queue one prompt and return its request id; :meth:`step` hands its answers out."""
-        group = self._group(prompt, params or SamplingParams(), sample_ids)
+        group = self._admission.group(prompt, params or SamplingParams(), sample_ids)
         self._enqueue(group)
         return group.request_id
 
@@ -174,48 +223,6 @@ class LLM:
         self._groups[group.request_id] = group
         self.scheduler.add(Sequence(group, 0, list(group.prompt_ids)))
 
-    def _group(self, prompt: Prompt, params: SamplingParams, sample_ids: Seq[int] | None) -> Group:
-        text = prompt if isinstance(prompt, str) else None
-        ids = self._token_ids(prompt)
-        limit = self.model.decoder.config.max_position
-        if not ids:
-            raise ValueError("empty prompt: give at least one token")
-        if len(ids) >= limit:
-            raise ValueError(f"the prompt has {len(ids)} tokens; the context of {limit} must hold at least one more")
-        vocab = self.model.decoder.head.num_tokens
-        if not 0 <= min(ids) <= max(ids) < vocab:
-            raise ValueError(f"prompt token ids span {min(ids)}..{max(ids)}; the tokenizer has ids 0..{vocab - 1}")
-        max_len = min(len(ids) + params.max_tokens, limit)
-        if params.n > self.config.max_num_seqs:
-            limit = self.config.max_num_seqs
-            raise ValueError(f"n={params.n} answers at once, but max_num_seqs={limit}; raise it or lower n")
-        pages = self.scheduler.blocks.pages_for(max_len)
-        if pages > self.kv_cache.num_pages:
-            raise ValueError(
-                f"one answer may need {max_len} tokens = {pages} KV pages, but kv_cache_gib={self.config.kv_cache_gib} "
-                f"holds {self.kv_cache.num_pages}; raise kv_cache_gib or lower max_tokens"
-            )
-        if sample_ids is not None and len(sample_ids) != params.n:
-            raise ValueError(f"{len(sample_ids)} sample ids for n={params.n} answers; give one for each answer")
-        if not all(map(fits_int64, sample_ids or ())):
-            raise ValueError(f"sample_ids={list(sample_ids or ())}: must be integers of 64 bits")
-        seed = self.config.seed if params.seed is None else params.seed
-        return Group(next(self._request_ids), text, ids, params, seed, list(sample_ids or ()), max_len)
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, dict):
-            if set(prompt) != {"prompt_token_ids"}:
-                raise ValueError(f"a prompt dict has the one key 'prompt_token_ids', not {sorted(prompt)}")
-            prompt = list(prompt["prompt_token_ids"])
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a text prompt needs a tokenizer, and this engine was built without; give token ids")
-            return list(self.tokenizer(prompt)["input_ids"])
-        try:
-            return [operator.index(token) for token in prompt]
-        except TypeError:
-            raise ValueError(f"prompt token ids must be integers, not {prompt!r:.80}") from None
-
     # ------------------------------------------------------------------ the loop
 
     def step(self) -> list[RequestOutput]:
@@ -226,6 +233,12 @@ class LLM:
         finished = self._advance()
         unclaimed, self._unclaimed = self._unclaimed, []
         return unclaimed + finished
+
+    def step_for(self, request_ids: Container[int]) -> list[RequestOutput]:
+        """:meth:`step` for one caller of several: answers to other requests stay until theirs asks."""
+        finished = self.step()
+        self._unclaimed = [out for out in finished if out.request_id not in request_ids]
+        return [out for out in finished if out.request_id in request_ids]
 
     def _advance(self) -> list[RequestOutput]:
         self._check_fresh()
@@ -244,7 +257,7 @@ class LLM:
         if sampled is None:
             return []
         columns = zip(*(column.tolist() for column in vars(sampled).values()), strict=True)
-        done: dict[Sequence, tuple[str, int | None]] = {}
+        done: dict[Sequence, tuple[str, int | str | None]] = {}
         for chunk in schedule.chunks:
             if not chunk.samples:
                 continue
@@ -265,20 +278,24 @@ class LLM:
         self.counters.finished_requests += len(finished)
         return [self._output(group) for group in finished]
 
-    def _stops(self, seq: Sequence, token: int) -> tuple[str, int | None] | None:
-        params = seq.group.params
-        if token in params.stop_token_ids or (token in self.model.eos_ids and not params.ignore_eos):
+    def _stops(self, seq: Sequence, token: int) -> tuple[str, int | str | None] | None:
+        group = seq.group
+        if group.params.stop and self._detokenizer:
+            stop = self._detokenizer.stop_string(seq.token_ids, len(group.prompt_ids), group.params)
+            if stop is not None:
+                return "stop", stop
+        if token in group.stop_ids:
             return "stop", token
-        return ("length", None) if len(seq.token_ids) == seq.group.max_len else None
+        return ("length", None) if len(seq.token_ids) == group.max_len else None
 
-    def _finish(self, seq: Sequence, reason: str, stop: int | None) -> None:
+    def _finish(self, seq: Sequence, reason: str, stop: int | str | None) -> None:
         group = seq.group
         token_ids = tuple(seq.token_ids[len(group.prompt_ids) :])
         policy, processed, kept = zip(*seq.logprobs, strict=True) if seq.logprobs else ((), (), ())
         shown = None
         if group.params.logprobs is not None:
             shown = [{token: Logprob(logprob)} for token, logprob in zip(token_ids, policy, strict=True)]
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True) if self.tokenizer else ""
+        text = self._detokenizer.text(token_ids, group.params)[0] if self._detokenizer else ""
         group.outputs[seq.index] = CompletionOutput(
             seq.index, text, token_ids, reason, stop, seq.sample_id, policy, processed, kept, tuple(seq.versions), shown
         )

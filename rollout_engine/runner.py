@@ -63,35 +63,42 @@ class Runner:
     def _sample(self, hidden: Tensor, chunks: list[Chunk]) -> SampledTokens | None:
         rows: list[int] = []
         noise: list[tuple[int, int, int]] = []
-        filters: list[tuple[float, int, float]] = []
+        filters: list[tuple[float, int, float, float]] = []
+        bans: dict[int, list[int]] = {}  # row of the sampler's block -> tokens
         row = -1
         for chunk in chunks:
             row += chunk.end - chunk.start
             group, params = chunk.seq.group, chunk.seq.group.params
+            too_short = chunk.end - len(group.prompt_ids) < params.min_tokens
             for sample in range(chunk.seq.index, chunk.seq.index + chunk.samples):
+                if too_short:
+                    bans[len(rows)] = list(group.stop_ids)
                 rows.append(row)
                 noise.append((group.seed, group.sample_ids[sample], chunk.end))
-                filters.append((params.temperature, params.top_k, params.top_p))
+                filters.append((params.temperature, params.top_k, params.top_p, params.min_p))
         if not rows:
             return None
         pad = -len(rows) % ROW_MULTIPLE
         noise += noise[-1:] * pad
         filters += filters[-1:] * pad
         uniform = philox_uniform(*torch.tensor(noise, device=self.device).T.contiguous())
-        heat, top_k, top_p = torch.tensor(filters, dtype=torch.float64, device=self.device).T
-        filtered = bool(((top_k > 0) | (top_p < 1)).any())
+        heat, top_k, top_p, min_p = torch.tensor(filters, dtype=torch.float64, device=self.device).T
+        filtered = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
         chosen = hidden[torch.tensor(rows + rows[-1:] * pad, device=self.device)]
         width = max(ROW_MULTIPLE, SAMPLER_ELEMENTS // self.decoder.config.vocab_size // ROW_MULTIPLE * ROW_MULTIPLE)
         parts = []
         for begin in range(0, len(chosen), width):
             part = slice(begin, begin + width)
+            z = self.decoder.head.logits(chosen[part])
             parts.append(
                 sample_tokens(
-                    self.decoder.head.logits(chosen[part]),
+                    z,
                     heat[part].float(),
                     uniform[part],
                     top_k[part].long() if filtered else None,
                     top_p[part].float() if filtered else None,
+                    min_p[part].float() if filtered else None,
+                    self._banned(z, {row - begin: ids for row, ids in bans.items() if begin <= row < begin + width}),
                 )
             )
         if not all(torch.isfinite(part.logprobs).all() for part in parts):
@@ -100,3 +107,12 @@ class Runner:
             )
         columns = [torch.cat(column)[: len(rows)] for column in zip(*(vars(p).values() for p in parts), strict=True)]
         return SampledTokens(*columns)
+
+    def _banned(self, z: Tensor, bans: dict[int, list[int]]) -> Tensor | None:
+        """The tokens of ``bans`` (row -> ids) as a mask over logits z [R, V]; None where there are none."""
+        if not bans:
+            return None
+        mask = torch.zeros_like(z, dtype=torch.bool)
+        for row, ids in bans.items():
+            mask[row, ids] = True
+        return mask

@@ -19,11 +19,17 @@ class SamplingParams:
         n: answers per prompt; the prompt is prefilled once for all of them.
         temperature: 0 is greedy; else at least 1e-4, below which fp32 can't tell it from greedy.
         top_k: keep the k likeliest tokens, 0 keeps all. top_p: keep the smallest set with this mass.
+        min_p: keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024), 0 keeps all.
+            In this order: temperature, min_p, top_k, then top_p of what those kept.
         seed: makes the answers depend on (seed, index, position) alone; None draws from the engine's seed
             and a running sample number.
         max_tokens: longest answer; the model's context length caps it too.
+        min_tokens: shortest answer: until then the ids that would stop it can't be drawn, and stop strings don't count.
+        stop: strings that end the answer; its text is cut before the first one, or after it with
+            ``include_stop_str_in_output``. The token columns keep every token sampled.
         stop_token_ids: end the answer, beside the model's own end-of-sequence ids.
         ignore_eos: keep going past the end-of-sequence ids (``stop_token_ids`` still stop).
+        skip_special_tokens: leave special tokens out of the text.
         logprobs: None, or 0/1 to fill ``CompletionOutput.logprobs`` with the sampled tokens' entries.
 
     Raises ValueError naming the field, what was given and what is allowed.
@@ -33,25 +39,45 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     max_tokens: int = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] | list[str] | str | None = ()  # a tuple once made
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, ok, allowed in (
             ("n", isinstance(self.n, int) and self.n >= 1, "a whole number, at least 1"),
             ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e4, "0 (greedy), or 1e-4 to 1e4"),
             ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]; for greedy decoding use temperature=0"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1], 0 (off)"),
             ("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number, at least 1"),
+            (
+                "min_tokens",
+                isinstance(self.min_tokens, int) and 0 <= self.min_tokens <= self.max_tokens,
+                f"a whole number from 0 to max_tokens={self.max_tokens}",
+            ),
+            ("stop", all(isinstance(text, str) and text for text in stop), "text, or several, none of them empty"),
             ("seed", self.seed is None or fits_int64(self.seed), "None or an integer of 64 bits"),
             ("logprobs", self.logprobs in (None, 0, 1), "None, 0 or 1 (the sampled token's)"),
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {allowed}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` in the one form that it is kept in."""
+        assert isinstance(self.stop, tuple)
+        return self.stop
 
 
 @dataclass(frozen=True)
@@ -67,11 +93,11 @@ class CompletionOutput:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str  # "stop" | "length" | "abort"
-    stop_reason: int | None  # the token that stopped it
+    stop_reason: int | str | None  # the token or the string that stopped it
     sample_id: int
     policy_logprobs: tuple[float, ...]  # full vocabulary, at the sampling temperature
-    processed_logprobs: tuple[float, ...]  # under the distribution after top-k/top-p
-    log_kept_mass: tuple[float, ...]  # log of the mass the filters kept
+    processed_logprobs: tuple[float, ...]  # under the distribution sampled from: min_tokens, min_p, top_k, top_p
+    log_kept_mass: tuple[float, ...]  # log of the mass that those left
     weight_versions: tuple[int, ...]  # version of the weights that produced the token
     logprobs: list[dict[int, Logprob]] | None = None  # vLLM's shape, when asked for
 
@@ -84,12 +110,14 @@ class CompletionOutput:
 class RequestOutput:
     """All answers to one prompt, in order of ``index``."""
 
-    request_id: int
+    request_id: int  # -1 for a row that was refused
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     num_cached_tokens: int
     finished: bool = True
+    position: int | None = None  # of its row in `LLM.stream`, from 0
+    error: str | None = None  # in `LLM.stream`: why the row was refused; then there are no outputs
 
 
 @dataclass
@@ -129,6 +157,7 @@ class Group:
     seed: int
     sample_ids: list[int]  # n, or none until the request is queued
     max_len: int  # prompt and answer
+    stop_ids: frozenset[int] = frozenset()  # tokens that end an answer
     forked: bool = False
     num_cached: int = 0
     outputs: dict[int, CompletionOutput] = field(default_factory=dict)

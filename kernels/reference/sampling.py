@@ -42,23 +42,31 @@ class SampledTokens:
 
     tokens: Tensor  # [R] int64
     logprobs: Tensor  # [R] of the token under the full vocabulary at the sampling temperature
-    processed_logprobs: Tensor  # [R] under the distribution that was sampled from (after top-k/top-p)
-    log_kept_mass: Tensor  # [R] log of the probability that the filters kept; 0 without filters
+    processed_logprobs: Tensor  # [R] under the distribution that was sampled from (after bans and filters)
+    log_kept_mass: Tensor  # [R] log of the probability that bans and filters left; 0 without any
 
 
-def filter_mask(logp: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """True where top-k and then top-p keep a token. logp [R, V], top_k [R] (0 = off), top_p [R] (1 = off).
+def filter_mask(
+    logp: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None, min_p: Tensor | None = None
+) -> Tensor:
+    """True where the filters keep a token. logp [R, V]; top_k [R] (0 = off), top_p [R] (1 = off), min_p [R] (0 = off).
 
-    Ties go to the lower token id. Top-p keeps the smallest set whose mass, among what top-k kept,
-    reaches ``top_p`` (Holtzman et al. 2020); at least one token stays.
+    Ties go to the lower token id. First min-p, which keeps tokens with p >= min_p * max p (Nguyen et al. 2024), and
+    top-k; then top-p, which keeps the smallest set whose mass, among what those kept, reaches ``top_p``
+    (Holtzman et al. 2020). At least one token stays.
     """
-    vocab = logp.shape[1]
     ordered, index = torch.sort(logp, dim=-1, descending=True, stable=True)
-    k = torch.where(top_k > 0, top_k, torch.full_like(top_k, vocab))
-    kept = torch.arange(vocab, device=logp.device)[None] < k[:, None]
-    p = torch.where(kept, torch.exp(ordered), torch.zeros_like(ordered))
-    before = p.cumsum(-1) - p
-    kept &= (before < top_p[:, None] * p.sum(-1, keepdim=True)) | (top_p >= 1)[:, None]
+    p = torch.exp(ordered)
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    if min_p is not None:
+        kept &= p >= min_p[:, None] * p[:, :1]
+    if top_k is not None:
+        k = torch.where(top_k > 0, top_k, torch.full_like(top_k, logp.shape[1]))
+        kept &= torch.arange(logp.shape[1], device=logp.device)[None] < k[:, None]
+    if top_p is not None:
+        p = torch.where(kept, p, torch.zeros_like(p))
+        before = p.cumsum(-1) - p
+        kept &= (before < top_p[:, None] * p.sum(-1, keepdim=True)) | (top_p >= 1)[:, None]
     return torch.zeros_like(kept).scatter_(1, index, kept)
 
 
@@ -68,23 +76,31 @@ def sample_tokens(
     uniform: Tensor,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> SampledTokens:
     """Sample one token per row by inverse CDF in token-id order.
 
     z [R, V] fp32 logits with R a multiple of eight; temperature [R] (0 = greedy: arg max, lowest id on a
-    tie); uniform [R] in [0, 1); top_k int64 [R] and top_p fp32 [R] or None when no row filters.
+    tie); uniform [R] in [0, 1); top_k int64 [R], top_p and min_p fp32 [R], each None when no row uses it.
+    banned bool [R, V]: tokens that can't be drawn, left out before the filters; None when no row bans any.
     """
     logp = distribution(z, temperature)
-    kept_logp = logp
+    allowed = logp
+    if banned is not None:
+        # Normalised anew rather than by the mass left, which underflows where a banned token has nearly all of it.
+        z = z.masked_fill(banned, -torch.inf)
+        allowed = distribution(z, temperature)
+    kept_logp = allowed
     log_kept_mass = torch.zeros_like(temperature)
-    if top_k is not None and top_p is not None:
-        keep = filter_mask(logp, top_k, top_p)
-        kept_logp = torch.where(keep, logp, torch.full_like(logp, -torch.inf))
-        mass = torch.where(keep, torch.exp(logp), torch.zeros_like(logp)).sum(-1)
-        filtered = (top_k > 0) | (top_p < 1)
-        log_kept_mass = torch.where(filtered, torch.log(mass), log_kept_mass)
+    if top_k is not None or top_p is not None or min_p is not None:
+        keep = filter_mask(allowed, top_k, top_p, min_p)
+        kept_logp = torch.where(keep, allowed, torch.full_like(allowed, -torch.inf))
+        mass = torch.where(keep, torch.exp(allowed), torch.zeros_like(allowed)).sum(-1)
+        log_kept_mass = torch.where(keep.all(-1), log_kept_mass, torch.log(mass))
     tokens = torch.where(temperature > 0, _inverse_cdf(torch.exp(kept_logp), uniform), z.argmax(-1))
     logprobs = logp.gather(1, tokens[:, None])[:, 0]
+    log_kept_mass = log_kept_mass + (logprobs - allowed.gather(1, tokens[:, None])[:, 0])
     processed = torch.where(temperature > 0, logprobs - log_kept_mass, torch.zeros_like(logprobs))
     return SampledTokens(tokens, logprobs, processed, torch.where(temperature > 0, log_kept_mass, logprobs))
 
