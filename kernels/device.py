@@ -13,3 +13,15 @@ def default_device() -> torch.device:
 def collective_backend() -> str:
     """Name of the torch.distributed backend for :func:`default_device`."""
     return "nccl" if default_device().type == "cuda" else "gloo"
+
+
+def device_of_rank(rank: int) -> torch.device:
+    """The device of process ``rank`` of several on this machine: a GPU each, or the CPU that they share.
+
+    Raises ValueError where there are fewer GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if rank >= torch.cuda.device_count():
+        raise ValueError(f"process {rank} has no GPU: there are {torch.cuda.device_count()}; start no more processes")
+    return torch.device("cuda", rank)

@@ -9,9 +9,9 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Counts answers and tokens. ``label`` None shows nothing."""
+    """Counts answers and tokens. ``label`` None shows nothing; ``total`` None is a stream's."""
 
-    def __init__(self, label: str | None, total: int) -> None:
+    def __init__(self, label: str | None, total: int | None) -> None:
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),

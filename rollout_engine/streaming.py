@@ -58,9 +58,8 @@ def stream(
                 free = _free_slots(llm)
             for position, out in finished:
                 held[position] = replace(out, position=position)
-            for position in (
-                list(held) if not ordered else itertools.takewhile(held.__contains__, itertools.count(given))
-            ):
+            turns = itertools.takewhile(held.__contains__, itertools.count(given)) if ordered else list(held)
+            for position in turns:
                 given += 1
                 yield held.pop(position)
     finally:
