@@ -8,9 +8,11 @@ from typing import Any
 
 from rollout_engine.types import SamplingParams
 
-# Tokens of a window that may read differently than in the whole answer: a character cut in two (up to four byte
-# tokens), or a first token whose leading space some decoders drop.
-MARGIN = 5
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders show for bytes that are no character
+CHARACTER = 4  # byte tokens that the longest character takes
+# Tokens at a window's edge that may read differently than in the whole answer: a character cut in two, or a first
+# token whose leading space some decoders drop.
+MARGIN = 2 * CHARACTER
 
 
 class Detokenizer:
@@ -44,10 +46,20 @@ class Detokenizer:
         """
         if len(token_ids) - start <= params.min_tokens:
             return None
-        tail = self._decode(self._tail(token_ids, start, params), params)
-        if not any(stop in tail for stop in params.stop_strings):
+        if not self._may_stop(self._tail(token_ids, start, params), params):
             return None
         return self.text(token_ids[start:], params)[1]  # a window's edge may deceive; the whole answer doesn't
+
+    def _may_stop(self, window: Sequence[int], params: SamplingParams) -> bool:
+        # Some decoders show a whole run of byte tokens as broken when its first character is cut in two, so a window
+        # with something broken is read from the next tokens as well: one of them begins a character.
+        for first in range(CHARACTER):
+            tail = self._decode(window[first:], params)
+            if any(stop in tail for stop in params.stop_strings):
+                return True
+            if REPLACEMENT not in tail:
+                return False
+        return False
 
     def _tail(self, token_ids: Sequence[int], start: int, params: SamplingParams) -> Sequence[int]:
         """The last tokens that can have a part in a stop string ending now."""

@@ -72,7 +72,7 @@ class Source:
         return next((kind for suffix, kind in names.items() if self.path.endswith(suffix)), None)
 
     def rows(self) -> Iterator[Row]:
-        """All rows, in bounded memory. Raises ValueError for a source that can't be read, OSError where it is damaged."""
+        """All rows, in bounded memory. Raises ValueError for a source that can't be read, OSError for a damaged one."""
         if self._kind == "jsonl":
             return self._json_lines()
         if self._kind == "parquet":

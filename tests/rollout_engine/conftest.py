@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from rollout_engine import LLM, RequestOutput
 from rollout_engine.models import qwen3
-from rollout_engine.models.checkpoint import Model
+from rollout_engine.models.checkpoint import Model, save_model
 from rollout_engine.models.context import PackedAttention
 from rollout_engine.models.decoder import Decoder
 
@@ -141,3 +143,47 @@ def random_prompt(length: int, seed: int) -> list[int]:
 def prompt() -> Callable[[int, int], list[int]]:
     """``prompt(length, seed)``: random token ids without the end-of-sequence id."""
     return random_prompt
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges inside words and inside characters, a BOS token and a chat template that writes it."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator(
+        ["the end of the day, the end", "naïve café — 你好你好 🙂🙃🙂", "\n\nSTOP STOP"] * 4, trainer
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[{{ tone }}]"
+    return fast
+
+
+@pytest.fixture(scope="session")
+def text_model(byte_tokenizer: PreTrainedTokenizerFast) -> Model:
+    """A tiny random model that speaks the bytes of ``byte_tokenizer``; nearly uniform over them."""
+    hf = Qwen3Config(
+        vocab_size=len(byte_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        max_position_embeddings=CONTEXT,
+    )
+    decoder = Decoder(qwen3.decoder_config(hf), len(byte_tokenizer))
+    decoder.init_weights(0)
+    return Model(decoder, hf, byte_tokenizer, (byte_tokenizer.eos_token_id,))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(text_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``text_model`` on disk."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    save_model(text_model, folder)
+    return folder
