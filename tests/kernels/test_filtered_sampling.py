@@ -41,15 +41,20 @@ def truth(heat: float, top_k: int = 0, top_p: float = 0, min_p: float = 0, banne
 
 
 def draw(heat: float, top_k: int = 0, top_p: float = 0, min_p: float = 0, banned: int = 0) -> SampledTokens:
-    return sample_tokens(
-        LOGITS.expand(DRAWS, VOCAB).contiguous(),
-        torch.full((DRAWS,), heat),
-        UNIFORM,
-        torch.full((DRAWS,), top_k) if top_k else None,
-        torch.full((DRAWS,), top_p) if top_p else None,
-        torch.full((DRAWS,), min_p) if min_p else None,
-        BANNED.expand(DRAWS, VOCAB) if banned else None,
-    )
+    rows = 10_000  # at a time
+    parts = [
+        sample_tokens(
+            LOGITS.expand(rows, VOCAB).contiguous(),
+            torch.full((rows,), heat),
+            uniform,
+            torch.full((rows,), top_k) if top_k else None,
+            torch.full((rows,), top_p) if top_p else None,
+            torch.full((rows,), min_p) if min_p else None,
+            BANNED.expand(rows, VOCAB) if banned else None,
+        )
+        for uniform in UNIFORM.split(rows)
+    ]
+    return SampledTokens(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def p_value(tokens: Tensor, expected: Tensor) -> float:
