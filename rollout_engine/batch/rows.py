@@ -71,6 +71,11 @@ class Source:
         names = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
         return next((kind for suffix, kind in names.items() if self.path.endswith(suffix)), None)
 
+    @property
+    def _is_saved(self) -> bool:
+        """By ``save_to_disk``."""
+        return any((Path(self.path) / name).exists() for name in ("state.json", "dataset_dict.json"))
+
     def rows(self) -> Iterator[Row]:
         """All rows, in bounded memory. Raises ValueError for a source that can't be read, OSError for a damaged one."""
         if self._kind == "jsonl":
@@ -89,7 +94,7 @@ class Source:
         if self.path.endswith(".jsonl"):
             with open(self.path, "rb") as file:
                 return sum(1 for _ in file)
-        return None
+        return len(self._dataset()) if self._is_saved else None
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
@@ -126,8 +131,7 @@ class Source:
     def _dataset(self) -> Any:
         from datasets import DatasetDict, load_dataset, load_from_disk
 
-        folder = Path(self.path)
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        if self._is_saved:
             data = load_from_disk(self.path)
             if not isinstance(data, DatasetDict):
                 return data

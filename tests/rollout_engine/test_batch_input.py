@@ -109,7 +109,10 @@ def test_every_kind_of_input_gives_the_same_bytes(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     generate(make_job(lines), tmp_path / "expected.jsonl")
-    assert generate(make_job(write(tmp_path)), tmp_path / "out.jsonl").failed == 0
+    streamed = write in (as_gzip, as_folder_of_files)
+    job = make_job(write(tmp_path))
+    assert job.source.count() == (None if streamed else 9)
+    assert generate(job, tmp_path / "out.jsonl").failed == 0
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
 
 
