@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,5 +38,6 @@ def evaluate(
     params = SamplingParams(
         n=config.eval.samples, temperature=config.eval.temperature, max_tokens=config.rollout.max_tokens
     )
-    answers = dict(itertools.chain.from_iterable(policy.generate(prompts, params, first_sample_id=FIRST_SAMPLE_ID)))
-    return Evaluation(step, reward.score(prompts, [answers[group] for group in range(len(prompts))]))
+    for finished in policy.generate(prompts, params, first_sample_id=FIRST_SAMPLE_ID):
+        reward.submit([(group, prompts[group], answers) for group, answers in finished])
+    return Evaluation(step, reward.collect())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,10 +87,10 @@ def train(
         times: dict[str, float] = {}
         asked = stream.take(rollout.prompts_per_step)
         with tracker.phase(step, "generate", times):
-            generated = policy.generate(asked, sampling, first_sample_id=(step - 1) * answers_per_step)
-            answers = dict(itertools.chain.from_iterable(generated))
-        with tracker.phase(step, "reward", times):
-            trajectories = reward.score(asked, [answers[group] for group in range(len(asked))], control=True)
+            for finished in policy.generate(asked, sampling, first_sample_id=(step - 1) * answers_per_step):
+                reward.submit([(group, asked[group], answers) for group, answers in finished])
+        with tracker.phase(step, "reward", times):  # what is left of it: judging began with the first answers
+            trajectories = reward.collect(control=True)
         with tracker.phase(step, "train", times):
             batch = pack(trajectories, mask_truncated=algorithm.mask_truncated)
             for scorer in scorers:

@@ -50,17 +50,19 @@ class RewardFunction:
         self.caller = make_caller(self.recipe.reward, section.timeout_s, section.concurrency)
         self.groups: list[_Group] = []
 
-    def submit(self, group: int, prompt: Prompt, completions: Sequence[Completion]) -> None:
-        """Start to judge the answers of a group; returns at once."""
+    def submit(self, finished: Sequence[tuple[int, Prompt, Sequence[Completion]]]) -> None:
+        """Start to judge finished groups (number, prompt, answers); returns at once."""
         self.caller.watch()
+        for group, prompt, completions in finished:
+            self.groups.append(_Group(group, prompt, self._start(prompt, completions)))
+
+    def _start(self, prompt: Prompt, completions: Sequence[Completion]) -> list[_Call]:
         columns = self.recipe.arguments(prompt)
         seen = [_with_messages(prompt, completion) for completion in completions]
         if self.recipe.per_group:
-            calls = [_Call(completions, self.caller.start(partial(self.recipe.reward, seen, **columns)))]
-        else:
-            futures = [self.caller.start(partial(self.recipe.reward, answer, **columns)) for answer in seen]
-            calls = [_Call([answer], future) for answer, future in zip(completions, futures, strict=True)]
-        self.groups.append(_Group(group, prompt, calls))
+            return [_Call(completions, self.caller.start(partial(self.recipe.reward, seen, **columns)))]
+        futures = [self.caller.start(partial(self.recipe.reward, answer, **columns)) for answer in seen]
+        return [_Call([answer], future) for answer, future in zip(completions, futures, strict=True)]
 
     def collect(self, *, control: bool = False) -> list[Trajectory]:
         """Everything submitted since the last time, judged, in the order of the groups.
@@ -87,8 +89,7 @@ class RewardFunction:
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], *, control: bool = False
     ) -> list[Trajectory]:
         """Judge the answers to these prompts: :meth:`submit` and :meth:`collect`."""
-        for group, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
-            self.submit(group, prompt, answers)
+        self.submit([(group, *pair) for group, pair in enumerate(zip(prompts, completions, strict=True))])
         return self.collect(control=control)
 
     def _verdicts(self, group: _Group) -> Iterator[tuple[Completion, Verdict]]:

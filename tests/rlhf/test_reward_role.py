@@ -90,9 +90,9 @@ def waits(request: pytest.FixtureRequest) -> str:
 
 def test_submit_returns_while_the_reward_works(make: Make, waits: str) -> None:
     role = make(waits, timeout_s=LONG_S)
-    role.submit(0, *group("1", "2"))
+    role.submit([(0, *group("1", "2"))])
     assert module(role).STARTED.wait(LONG_S)  # nobody has called collect
-    role.submit(1, *group("3"))
+    role.submit([(1, *group("3"))])
     assert not any(call.future.done() for g in role.groups for call in g.calls)
     module(role).GO.set()
     assert values(role.collect()) == [1.0, 2.0, 3.0]
@@ -101,7 +101,7 @@ def test_submit_returns_while_the_reward_works(make: Make, waits: str) -> None:
 
 def test_calls_run_together_but_not_more_than_allowed(make: Make, waits: str) -> None:
     role = make(waits, timeout_s=LONG_S, concurrency=3)
-    role.submit(0, *group(*map(str, range(12))))
+    role.submit([(0, *group(*map(str, range(12))))])
     while module(role).under_way < 3:
         assert module(role).STARTED.wait(LONG_S)
     module(role).GO.set()
@@ -118,7 +118,7 @@ def test_the_order_is_the_groups_not_that_of_submission_or_of_finishing(make: Ma
         timeout_s=LONG_S,
     )
     for n in (1, 0, 2):
-        role.submit(n, *group(str(n), name=str(n)))
+        role.submit([(n, *group(str(n), name=str(n)))])
     found = role.collect()
     assert [(t.group, t.prompt.text) for t in found] == [(0, "0"), (1, "1"), (2, "2")]
     assert values(found) == [0.0, 1.0, 2.0]
@@ -217,7 +217,7 @@ def test_a_hanging_reward_is_given_up_and_the_others_judged(make: Make, source: 
     texts = ["a", "hang", "b", "hang", "hang", "c"]
     role = make(source, timeout_s=0.3, on_error="penalty", penalty=-2.0, concurrency=2)
     for n in range(2):  # the second step finds whole threads
-        role.submit(0, *group(*texts))
+        role.submit([(0, *group(*texts))])
         found = role.collect()
         assert values(found) == [1.0, -2.0, 1.0, -2.0, -2.0, 1.0], n
         assert rollout_metrics(found)["reward/timeouts"] == 3
@@ -330,7 +330,7 @@ def test_any_step_is_judged_as_a_plain_loop_would(make: Make, kind: str) -> None
     def check(step: tuple[list[list[str]], list[int]]) -> None:
         groups, order = step
         for n in order:
-            role.submit(n, *group(*groups[n]))
+            role.submit([(n, *group(*groups[n]))])
         found = role.collect()
         flat = [(n, text) for n, texts in enumerate(groups) for text in texts]
         assert [(t.group, t.completion.text) for t in found] == flat
