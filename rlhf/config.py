@@ -107,6 +107,8 @@ class Rollout(Section):
 
 
 class Train(Section):
+    """``zero_stage`` 0 means 1 for bfloat16 weights, which need fp32 masters."""
+
     lr: NonNegativeFloat
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -58,7 +58,8 @@ class DeepSpeedBackend:
         deepspeed.init_distributed(
             collective_backend(), auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
         )
-        self.stage = train.zero_stage
+        # Without ZeRO, DeepSpeed steps bf16 weights through an optimizer made for fp16, which goes astray.
+        self.stage = train.zero_stage if dtype == torch.float32 else max(1, train.zero_stage)
         matrices = [p for p in module.parameters() if p.ndim > 1]
         vectors = [p for p in module.parameters() if p.ndim <= 1]
         optimizer = torch.optim.AdamW(
@@ -80,7 +81,7 @@ class DeepSpeedBackend:
                 "gradient_clipping": train.max_grad_norm,
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {
-                    "stage": train.zero_stage,
+                    "stage": self.stage,
                     "reduce_bucket_size": min(num_parameters, MAX_REDUCE_BUCKET),  # allocated in full by ZeRO 1-3
                     "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
                 },

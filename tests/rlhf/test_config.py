@@ -128,7 +128,7 @@ def test_an_unknown_key_of_the_file_is_refused_too(file: Path) -> None:
         ("train.lr=-1e-3", ["train.lr=", "-1e-3", "greater than or equal to 0"]),
         ("train.lr=", ["train.lr=None", "number"]),
         ("train.schedule=cos", ["train.schedule='cos'", "'constant'", "'linear'", "'cosine'"]),
-        ("train.zero_stage=3", ["train.zero_stage=3", "0, 1 or 2"]),
+        ("train.zero_stage=4", ["train.zero_stage=4", "0, 1, 2 or 3"]),
         ("rollout.temperature=0", ["rollout.temperature=0", "greater than or equal to 0.0001"]),
         ("algorithm.clip_low=2", ["algorithm.clip_low=2", "less than or equal to 1"]),
         ("algorithm.tis_clip=0", ["algorithm.tis_clip=0", "greater than 0"]),
