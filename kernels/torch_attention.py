@@ -18,8 +18,10 @@ from kernels.reference.attention import AttentionKind
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.12 it may be missing; padding is slower, not wrong
-    varlen_attn = None
+
+    HAS_VARLEN = True
+except ImportError:  # an older torch; padding is slower, not wrong
+    HAS_VARLEN = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Span
     """
     if kind.softcap is not None:
         raise ValueError(f"softcap={kind.softcap}: torch's attention has none; use packed_attention or attend_paged")
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         left = -1 if kind.window is None else kind.window - 1
         bounds = (queries.bounds, keys.bounds, queries.longest, keys.longest)
         found = varlen_attn(q, k, v, *bounds, scale=kind.scale, window_size=(left, 0), enable_gqa=True)

@@ -103,7 +103,7 @@ class Rollout(Section):
     page_size: PositiveInt = 32
     max_num_seqs: PositiveInt = 512
     max_batch_tokens: PositiveInt = 4096
-    numerics: Literal["exact", "fast"] = "exact"
+    numerics: Literal["auto", "exact", "fast"] = "auto"  # auto: exact for float32 on a CPU
 
 
 class Train(Section):

@@ -15,7 +15,8 @@ class EngineConfig:
     kv_cache_gib: memory for KV pages, GiB. page_size: tokens per page, a multiple of 32.
     max_num_seqs: answers in flight at once. max_batch_tokens: tokens forwarded per step, at most.
     prefix_caching: share the pages of equal prompt prefixes.
-    numerics: "exact" refuses to start where results depend on the batch; "fast" doesn't ask.
+    numerics: "exact" refuses to start where results depend on the batch; "fast" doesn't ask; "auto" is exact for
+        float32 on a CPU and fast elsewhere.
     seed: of the sampling noise.
     """
 
@@ -24,7 +25,7 @@ class EngineConfig:
     max_num_seqs: int = 512
     max_batch_tokens: int = 4096
     prefix_caching: bool = True
-    numerics: str = "exact"
+    numerics: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -34,7 +35,7 @@ class EngineConfig:
             ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
             ("max_batch_tokens", self.max_batch_tokens >= 1, "at least 1"),
             ("seed", fits_int64(self.seed), "an integer of 64 bits"),
-            ("numerics", self.numerics in ("exact", "fast"), "'exact' or 'fast'"),
+            ("numerics", self.numerics in ("auto", "exact", "fast"), "'auto', 'exact' or 'fast'"),
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")

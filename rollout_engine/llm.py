@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kernels.device import default_device
 from kernels.exactness import check_exact
 from rollout_engine import chat, streaming
 from rollout_engine.admission import Admission, Prompt
@@ -41,7 +42,7 @@ class LLM:
 
     Args:
         model: checkpoint folder, Hub id, or a loaded :class:`Model`, whose weights are then shared, not copied.
-        revision, dtype, device, tokenizer: of a checkpoint to load, as in ``load_model``.
+        revision, dtype, device, tokenizer: of a checkpoint to load, as in ``load_model``; by default on a GPU if any.
         **engine: fields of :class:`EngineConfig` (``kv_cache_gib``, ``max_num_seqs``, ...).
 
     Raises ValueError for settings that can't work, RuntimeError where ``numerics="exact"`` isn't to be had.
@@ -53,7 +54,7 @@ class LLM:
         *,
         revision: str = "main",
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | None = None,
         tokenizer: bool = True,
         **engine: Any,
     ) -> None:
@@ -65,12 +66,15 @@ class LLM:
             raise ValueError(f"LLM() has no argument {unknown[0]!r}; it takes {sorted(known)}")
         self.config = EngineConfig(**engine)
         if not isinstance(model, Model):
-            model = load_model(model, revision=revision, dtype=dtype, device=device, tokenizer=tokenizer)
+            model = load_model(
+                model, revision=revision, dtype=dtype, device=device or default_device(), tokenizer=tokenizer
+            )
         self.model = model
         self.tokenizer = model.tokenizer
         decoder = model.decoder
         weight = decoder.norm.weight
-        if self.config.numerics == "exact":
+        on_cpu_in_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if self.config.numerics == "exact" or (self.config.numerics == "auto" and on_cpu_in_fp32):
             if weight.dtype != torch.float32:
                 raise ValueError(f"numerics='exact' holds for float32 weights, not {weight.dtype}; set numerics='fast'")
             sizes = decoder.config

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import KV_BLOCK, SampledTokens, philox_uniform, sample_tokens
+from kernels import SampledTokens, philox_uniform, sample_tokens
 from rollout_engine.kv_cache import KVCache
-from rollout_engine.models.context import PagedAttention, TilePlans
+from rollout_engine.models.context import PagedAttention
 from rollout_engine.models.decoder import Decoder
 from rollout_engine.scheduler import Chunk, Schedule
 
@@ -38,7 +38,6 @@ class Runner:
         return self._sample(hidden, step.chunks)
 
     def _inputs(self, chunks: list[Chunk]) -> tuple[Tensor, PagedAttention]:
-        size = self.kv_cache.page_size
         lengths = np.array([chunk.end - chunk.start for chunk in chunks])
         ends = np.array([chunk.end for chunk in chunks])
         tables = np.zeros((len(chunks), max(len(chunk.seq.pages) for chunk in chunks)), dtype=np.int64)
@@ -46,18 +45,7 @@ class Runner:
         for row, chunk in enumerate(chunks):
             tables[row, : len(chunk.seq.pages)] = chunk.seq.pages
             tokens += chunk.seq.token_ids[chunk.start : chunk.end]
-        row_of = np.repeat(np.arange(len(chunks)), lengths)
-        starts = np.cumsum(lengths) - lengths
-        positions = np.arange(len(tokens)) - np.repeat(starts - (ends - lengths), lengths)
-        slots = tables[row_of, positions // size] * size + positions % size
-        per_page = size // KV_BLOCK
-        blocks = (tables[:, :, None] * per_page + np.arange(per_page)).reshape(len(chunks), -1)
-        plans = TilePlans(lengths, ends, blocks, self.device)
-
-        def tensor(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x).to(self.device)
-
-        ctx = PagedAttention(tensor(positions), tensor(slots), *self.kv_cache.storage(), plans)
+        ctx = PagedAttention.from_pages(lengths, ends, tables, *self.kv_cache.storage())
         return torch.tensor(tokens, device=self.device), ctx
 
     def _sample(self, hidden: Tensor, chunks: list[Chunk]) -> SampledTokens | None:

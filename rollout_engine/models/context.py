@@ -1,7 +1,7 @@
 """Attention contexts: the one argument by which trainer and engine differ.
 
 A layer calls ``ctx.attend(layer, q, k, v, kind)`` and knows nothing else. Contexts are immutable and built
-once per forward.
+once per forward. On CUDA both run torch's fused attention (``fused``), but for soft-capped layers, which it lacks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import KV_BLOCK, AttentionKind, TileBatch, attend_paged, packed_attention, plan_tiles
+from kernels import KV_BLOCK, AttentionKind, TileBatch, attend_paged, packed_attention, plan_tiles, store_kv
+from kernels.torch_attention import Spans, varlen_attention
 
 
 class AttentionContext(Protocol):
@@ -48,6 +49,10 @@ class TilePlans:
         return self._plans[window]
 
 
+def _is_cuda(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 @dataclass(frozen=True)
 class PackedAttention:
     """Whole sequences laid end to end, causal within each, differentiable: the trainer's context."""
@@ -56,9 +61,12 @@ class PackedAttention:
     slots: Tensor  # [T] int64
     num_blocks: int
     plans: TilePlans
+    spans: Spans | None  # set: torch's fused attention
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedAttention:
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", fused: bool | None = None
+    ) -> PackedAttention:
         lens = torch.tensor(lengths, dtype=torch.int64)
         blocks = -(-lens // KV_BLOCK)
         first = blocks.cumsum(0) - blocks
@@ -66,9 +74,12 @@ class PackedAttention:
         slots = torch.repeat_interleave(first * KV_BLOCK, lens) + positions
         tables = (first[:, None] + torch.arange(int(blocks.max()))).numpy()
         plans = TilePlans(lengths, lengths, tables, device)
-        return cls(positions.to(device), slots.to(device), int(blocks.sum()), plans)
+        spans = Spans.of(lengths, device) if (_is_cuda(device) if fused is None else fused) else None
+        return cls(positions.to(device), slots.to(device), int(blocks.sum()), plans, spans)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+        if self.spans is not None and kind.softcap is None:
+            return varlen_attention(q, k, v, self.spans, self.spans, kind)
         return packed_attention(q, k, v, self.slots, self.num_blocks, self.plans[kind.window], kind)
 
 
@@ -81,7 +92,47 @@ class PagedAttention:
     k_cache: Tensor  # [layers, pages, Hkv, page, D]
     v_cache: Tensor
     plans: TilePlans
+    spans: tuple[Spans, Spans] | None  # new tokens, all tokens; set: torch's fused attention
+    context_slots: Tensor | None  # [K] int64 of all tokens of all sequences, for it
+
+    @classmethod
+    def from_pages(
+        cls,
+        lengths: np.ndarray,
+        ends: np.ndarray,
+        tables: np.ndarray,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        fused: bool | None = None,
+    ) -> PagedAttention:
+        """For the last ``lengths[i]`` of the ``ends[i]`` tokens of sequence i, on pages ``tables[i]``; all int64."""
+        device, size = k_cache.device, k_cache.shape[3]
+
+        def slots_of(rows: np.ndarray, positions: np.ndarray) -> Tensor:
+            return torch.from_numpy(tables[rows, positions // size] * size + positions % size).to(device)
+
+        rows, positions = _rows_and_positions(lengths, ends)
+        per_page = size // KV_BLOCK
+        blocks = (tables[:, :, None] * per_page + np.arange(per_page)).reshape(len(tables), -1)
+        plans = TilePlans(lengths, ends, blocks, device)
+        spans, context_slots = None, None
+        if _is_cuda(device) if fused is None else fused:
+            spans = (Spans.of(lengths, device), Spans.of(ends, device))
+            context_slots = slots_of(*_rows_and_positions(ends, ends))
+        new = torch.from_numpy(positions).to(device)
+        return cls(new, slots_of(rows, positions), k_cache, v_cache, plans, spans, context_slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
         k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
-        return attend_paged(q, k, v, k_cache, v_cache, self.slots, self.plans[kind.window], kind)
+        if self.spans is None or self.context_slots is None or kind.softcap is not None:
+            return attend_paged(q, k, v, k_cache, v_cache, self.slots, self.plans[kind.window], kind)
+        store_kv(k, v, k_cache, v_cache, self.slots)
+        page, offset = self.context_slots // k_cache.shape[2], self.context_slots % k_cache.shape[2]
+        return varlen_attention(q, k_cache[page, :, offset], v_cache[page, :, offset], *self.spans, kind)
+
+
+def _rows_and_positions(lengths: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sequence and position of each of the last ``lengths[i]`` tokens of sequences that end at ``ends[i]``."""
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    starts = np.cumsum(lengths) - lengths
+    return rows, np.arange(int(lengths.sum())) - np.repeat(starts - (ends - lengths), lengths)

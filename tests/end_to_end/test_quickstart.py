@@ -100,3 +100,11 @@ def test_bad_input_leaves_no_run_behind(run_training: Callable[..., Path], tmp_p
     with pytest.raises(AssertionError, match=r"rollout\.max_tokens=60"):
         run_training("rollout.max_tokens=60")
     assert not (tmp_path / "arithmetic-grpo").exists()
+
+
+@pytest.mark.gpu
+def test_the_quickstart_learns_in_bfloat16_on_a_gpu(run_training: Callable[..., Path]) -> None:
+    overrides = ("cluster.gpus=1", "model.dtype=bfloat16", "rollout.numerics=fast", "tracking.wandb=disabled")
+    rows = metrics_of(run_training(*overrides, timeout=1200))
+    assert rows[0]["eval/accuracy"] <= 0.4 and rows[-1]["eval/accuracy"] >= 0.9
+    assert max(row["rollout/logprob_gap_mean"] for row in rows) < 0.02
