@@ -32,11 +32,11 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random qwen3 with a token a byte, a ChatML template that writes <bos>, and a tokenizer that adds it too."""
+    """A random qwen2 with a token a byte, a ChatML template that writes <bos>, and a tokenizer that adds it too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, Qwen3Config
+    from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-    from rollout_engine.models import qwen3
+    from rollout_engine.models import qwen2
     from rollout_engine.models.checkpoint import Model, save_model
     from rollout_engine.models.decoder import Decoder
 
@@ -54,19 +54,18 @@ def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHAT_TEMPLATE,
     )
-    hf_config = Qwen3Config(
+    hf_config = Qwen2Config(
         vocab_size=len(vocabulary) + 5,
         hidden_size=48,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=12,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         eos_token_id=2,
     )
-    decoder = Decoder(qwen3.decoder_config(hf_config), len(vocabulary))
+    decoder = Decoder(qwen2.decoder_config(hf_config), len(vocabulary))
     decoder.init_weights(0, std=0.05)
     folder = tmp_path_factory.mktemp("chat") / "hf"
     save_model(Model(decoder, hf_config, tokenizer, (2,)), folder)

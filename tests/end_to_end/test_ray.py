@@ -22,6 +22,7 @@ from rlhf.cluster import RoleDied
 from rlhf.config import Cluster, Reward
 from rlhf.division import Join, over_ranks
 from rlhf.roles.reward import RewardFunction
+from rlhf.types import Completion, Prompt
 
 MOVING = ("time/", "throughput/", "memory/")
 ALL_PATHS = ["algorithm.kl_coef=0.01", "algorithm.updates_per_rollout=2", "run.steps=3", "train.lr=1e-2"]
@@ -132,6 +133,24 @@ def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # t
     cluster.stop(reward)
     for _ in range(9):  # a bundle holds eight at once
         cluster.stop(cluster.spawn("event", threading.Event))
+
+
+def test_a_reward_works_in_its_actor_after_submit_has_returned(cluster, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "waits.py").write_text(
+        "import pathlib, time\nHERE = pathlib.Path(__file__).parent\n"
+        "def reward(completion):\n    (HERE / 'started').touch()\n"
+        "    while not (HERE / 'go').exists(): time.sleep(0.01)\n    return float(completion.text)"
+    )
+    recipe = str(tmp_path / "waits.py")
+    judge = cluster.spawn("judge", RewardFunction, recipe=recipe, section=Reward(timeout_s=60), seed=0)
+    for group in (1, 0):  # a call that waits for the reward would end after 2 s, as the cluster says
+        judge.submit(group, Prompt(group, "p", (1,)), [Completion("p", str(group), (7,), "stop", (-1.0,))])
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+    (tmp_path / "go").touch()
+    assert [(t.group, t.score and t.score.value) for t in judge.collect()] == [(0, 0.0), (1, 1.0)]
+    cluster.stop(judge)
 
 
 def deal(ranks: int, items: list[int]) -> tuple[list[dict[str, list[int]]], Join]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.gsm8k import marked_number, number, reward
@@ -78,6 +78,7 @@ def test_equal_numbers_are_equal(answer: str, text: str) -> None:
     assert judge(text, answer) == RIGHT
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**12), 10**12), st.integers(0, 4), st.sampled_from(["{}", "${}", "{} apples", "{}.", " {}% "]))
 def test_any_decimal_is_read_as_it_was_written(digits: int, places: int, frame: str) -> None:
     value = Fraction(digits, 10**places)
@@ -89,6 +90,7 @@ def test_any_decimal_is_read_as_it_was_written(digits: int, places: int, frame: 
     assert marked_number(rf"so \boxed{{{frame.format(text)}}}") == (value, True)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_nothing_breaks_it(text: str) -> None:
     for around in (text, f"#### {text}", rf"\boxed{{{text}", rf"\frac{{{text}}}{{{text}}}"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +290,20 @@ def test_too_many_hanging_calls_end_the_run(make: Make, monkeypatch: pytest.Monk
             role.score(*([x] for x in group(*["hang"] * 20)))
     finally:
         module(role).GO.set()
+
+
+@pytest.mark.parametrize("source", [HANGS["def"], "async " + HANGS["def"]], ids=["def", "async def"])
+def test_what_hangs_does_not_keep_the_process_alive(tmp_path: Path, source: str) -> None:
+    (tmp_path / "mine.py").write_text(HEAD + source.replace("60", "3600"))
+    code = (
+        "from rlhf.config import Reward\nfrom rlhf.roles.reward import RewardFunction\n"
+        "from rlhf.types import Completion, Prompt\n"
+        f"role = RewardFunction(recipe={str(tmp_path / 'mine.py')!r}, section=Reward(), seed=0)\n"
+        "role.submit(0, Prompt(0, 'p', (1,)), [Completion('p', 'hang', (), 'stop')])\n"
+        "assert role.recipe.module.STARTED.wait(60)\nprint('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])

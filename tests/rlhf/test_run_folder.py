@@ -203,6 +203,11 @@ def test_the_line_of_a_step_with_evaluation_and_kl() -> None:
     )
 
 
+def test_the_line_of_a_step_whose_reward_failed_says_so() -> None:
+    failed = "  REWARD FAILED on 3 answers  | gen"
+    assert step_line({**ROW, "reward/errors": 1, "reward/timeouts": 2}, 200) == LINE.replace("  | gen", failed)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0:00"), (59.9, "0:59"), (60, "1:00"), (312, "5:12"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
@@ -244,6 +249,13 @@ def test_several_updates_merge_into_one_row() -> None:
     second = {"policy/loss": 3.0, "rollout/logprob_gap_max": 0.5, "rollout/logprob_gap_mean": 0.1}
     merged = mean_of([first, second])
     assert merged == {"policy/loss": 2.0, "rollout/logprob_gap_max": 0.0, "rollout/logprob_gap_mean": 0.0}
+
+
+def test_a_part_can_not_take_the_name_of_a_metric() -> None:
+    ours = {"mean": 9.0, "std": 9.0, "errors": 9.0, "part/x": 9.0}
+    metrics = rollout_metrics([answer(0, Score(1.0, ours), 1), answer(0, Score(0.0, {}), 1)])
+    assert (metrics["reward/mean"], metrics["reward/std"], metrics["reward/errors"]) == (0.5, 0.5, 0)
+    assert metrics["reward/part/mean"] == metrics["reward/part/part/x"] == 9.0
 
 
 # ---------------------------------------------------------------- learning rate

@@ -10,6 +10,7 @@ import pytest
 
 from recipes import arithmetic
 from rlhf.config import load_config
+from rlhf.data import Renderer
 from rlhf.recipe import load_recipe
 from rlhf.run_folder import RunFolder
 from rlhf.tracking.console import Console
@@ -81,6 +82,23 @@ def test_it_ends_at_the_loss_or_at_the_last_step(tmp_path: Path, until: float, s
         assert batch.loss_mask.sum() == sum(len(answer) + 1 for _, answer in wanted)
         assert batch.column("loss_weights").sum().item() == pytest.approx(1)
     assert f"warm start {steps}/20" in (tmp_path / "train.log").read_text()
+
+
+def test_prompts_are_rendered_as_the_rl_will_render_them(chat_checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(chat_checkpoint)
+    (tmp_path / "task.py").write_text(
+        "def reward(completion): return 1.0\ndef warm_start(seed):\n    while True: yield 'hi', 'hello'"
+    )
+    config = load_config(CONFIG, ["warm_start.steps=1", "warm_start.batch_size=1", "data.system=Be brief."])
+    cluster, console = FakeCluster(), Console(tmp_path / "train.log")
+    recipe = load_recipe(str(tmp_path / "task.py"))
+    warm_start(config, recipe, tokenizer, chat_checkpoint, cluster, RunFolder(tmp_path), console)
+    console.close()
+    (batch,) = cluster.policy.batches
+    prompt, _, _ = Renderer(config.data, tokenizer)("hi")
+    assert prompt.startswith("<bos><|im_start|>system\nBe brief.")
+    assert tokenizer.decode(batch.tokens) == f"{prompt}hello<|im_end|>"
+    assert tokenizer.decode(batch.tokens[batch.loss_mask]) == "hello<|im_end|>"
 
 
 def _threes(rows: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
