@@ -55,8 +55,8 @@ class Tracker:
 
     def samples(self, step: int, trajectories: list[Trajectory], batch: Batch) -> None:
         """Keep a step's answers: all in the run folder, the first few in the W&B table ``samples``."""
-        per_sequence = [float(part[-1]) for part in batch.column("advantages").split(batch.lengths)]
-        left = iter(per_sequence)
+        parts = zip(batch.column("advantages").split(batch.lengths), batch.loss_mask.split(batch.lengths), strict=True)
+        left = iter([float((part[mask] if mask.any() else part[-1:]).mean()) for part, mask in parts])
         advantages = [next(left) if t.score is not None else None for t in trajectories]
         rows = [_row(step, t, advantage) for t, advantage in zip(trajectories, advantages, strict=True)]
         self.run.write_rows(f"rollouts/{step:06d}.jsonl.gz", rows)
