@@ -1,0 +1,31 @@
+// torch.ops.onpolicy: what kernels/cpu/__init__.py calls.
+
+#include <torch/library.h>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "sampling.h"
+
+TORCH_LIBRARY(onpolicy, m) {
+  m.def(
+      "attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor queries, Tensor contexts, Tensor tables, float scale, "
+      "int window, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  m.def("store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool offset) -> (Tensor, Tensor)");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool offset) -> (Tensor, Tensor, Tensor)");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("philox_uniform(Tensor seed, Tensor sample_id, Tensor position) -> Tensor");
+  m.def("draw(Tensor z, Tensor logp, Tensor temperature, Tensor uniform) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(onpolicy, CPU, m) {
+  m.impl("attend", onpolicy::attend);
+  m.impl("store_kv", onpolicy::store_kv);
+  m.impl("rms_norm", onpolicy::rms_norm);
+  m.impl("add_rms_norm", onpolicy::add_rms_norm);
+  m.impl("rope", onpolicy::rope);
+  m.impl("swiglu", onpolicy::swiglu);
+  m.impl("philox_uniform", onpolicy::philox_uniform);
+  m.impl("draw", onpolicy::draw);
+}
