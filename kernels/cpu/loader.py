@@ -32,7 +32,7 @@ CAPABILITY_FLAGS = {
 
 
 @functools.cache
-def extension() -> Any | None:
+def extension() -> Any:
     """``torch.ops.onpolicy``, compiled on first use and cached; None, with a warning, where that isn't possible.
 
     One answer for the life of the process, so that trainer and engine always run the same code.

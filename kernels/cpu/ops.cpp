@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "linear.h"
 #include "sampling.h"
 
 TORCH_LIBRARY(onpolicy, m) {
@@ -15,6 +16,7 @@ TORCH_LIBRARY(onpolicy, m) {
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool offset) -> (Tensor, Tensor, Tensor)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("philox_uniform(Tensor seed, Tensor sample_id, Tensor position) -> Tensor");
   m.def("draw(Tensor z, Tensor logp, Tensor temperature, Tensor uniform) -> (Tensor, Tensor)");
 }
@@ -26,6 +28,7 @@ TORCH_LIBRARY_IMPL(onpolicy, CPU, m) {
   m.impl("add_rms_norm", onpolicy::add_rms_norm);
   m.impl("rope", onpolicy::rope);
   m.impl("swiglu", onpolicy::swiglu);
+  m.impl("linear", onpolicy::linear);
   m.impl("philox_uniform", onpolicy::philox_uniform);
   m.impl("draw", onpolicy::draw);
 }

@@ -102,8 +102,11 @@ def plan_tiles(
         tables = np.zeros((len(block_tables), max(map(len, block_tables), default=1)), dtype=np.int64)
         for row, table in enumerate(block_tables):
             tables[row, : len(table)] = table
-    columns = (np.ascontiguousarray(x, dtype=np.int64) for x in (num_queries, context_lens, tables))
-    return AttentionPlan(*map(torch.from_numpy, columns), device, window)
+
+    def tensor(x: Sequence[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
+
+    return AttentionPlan(tensor(num_queries), tensor(context_lens), tensor(tables), device, window)
 
 
 def _divide(
@@ -239,7 +242,7 @@ def _max_levels(parts: Tensor, tiles: TileBatch) -> Tensor:
     return best
 
 
-def scorescore_scale(kind: AttentionKind, head_dim: int) -> float:
+def score_scale(kind: AttentionKind, head_dim: int) -> float:
     return 1 / math.sqrt(head_dim) if kind.scale is None else kind.scale
 
 
@@ -313,7 +316,7 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k_blocks, v_blocks, slots, out, lse = ctx.saved_tensors
         dout = grads[0].contiguous()
-        kv_heads, scale = k_blocks.shape[1], _scale(ctx.kind, q.shape[2])
+        kv_heads, scale = k_blocks.shape[1], score_scale(ctx.kind, q.shape[2])
         delta = (dout.float() * out.float()).sum(-1, keepdim=True)
         dq, scaled = torch.empty_like(q), q * scale
         dk = torch.zeros_like(k_blocks, dtype=torch.float32)

@@ -103,8 +103,7 @@ class _LayerClock:
 def matmul_seconds(model: Model, steps: Steps) -> float:
     """What the matrix products of these steps take by themselves, back to back: the limit of any engine here."""
     config = model.decoder.config
-    layer = [m.weight for b in model.decoder.layers for m in (b.attention.qkv_proj, b.attention.o_proj)]
-    layer += [m.weight for b in model.decoder.layers for m in (b.mlp.gate_up_proj, b.mlp.down_proj)]
+    layer = [p for name, p in model.decoder.layers.named_parameters() if p.dim() > 1]
     inputs = {w.shape[1]: torch.randn(max(steps.rows), w.shape[1]) for w in [*layer, model.decoder.head.weight]}
     cost: dict[tuple[int, int], float] = {}
     for key in set(zip(steps.rows, steps.sampled, strict=True)):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from rollout_engine.bench.load import Load
 
 
 @torch.no_grad()
-def continuous(model: PreTrainedModel, load: Load, page_size: int) -> float:
+def continuous(model: Any, load: Load, page_size: int) -> float:
     """Seconds for the whole load with continuous batching and log-probs; building the manager is not counted."""
     sampling = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     config = ContinuousBatchingConfig(
@@ -45,7 +46,7 @@ def continuous(model: PreTrainedModel, load: Load, page_size: int) -> float:
 
 
 @torch.no_grad()
-def padded(model: PreTrainedModel, load: Load) -> float:
+def padded(model: Any, load: Load) -> float:
     """Seconds for the whole load as one left-padded batch, which runs to the longest answer, with log-probs."""
     requests = load.requests()
     width = max(len(prompt) for prompt, _ in requests)
