@@ -18,11 +18,14 @@ from kernels.reference import KV_BLOCK, AttentionKind, AttentionPlan, SampledTok
 from kernels.reference import attention as _attention
 from kernels.reference import dense as _dense
 from kernels.reference.attention import CAUSAL
+from kernels.reference.logprobs import Product
 
 __all__ = [
     "add_rms_norm",
     "attend_blocks",
     "attend_paged",
+    "linear",
+    "logits",
     "packed_attention",
     "philox_uniform",
     "rms_norm",
@@ -30,6 +33,7 @@ __all__ = [
     "sample_tokens",
     "store_kv",
     "swiglu",
+    "token_logprobs",
 ]
 
 
@@ -47,6 +51,33 @@ def _needs_grad(*tensors: Tensor) -> bool:
 def _heads(x: Tensor) -> Tensor:
     """[T, N, D] with each token's heads one after the other; tokens may lie apart (a slice of fused qkv)."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return extension().linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dout,) = grads
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            dout @ weight if wanted[0] else None,
+            dout.T @ x if wanted[1] else None,
+            dout.sum(0) if wanted[2] else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    given = (x, weight) if bias is None else (x, weight, bias)
+    ops = _ops(*given)
+    if ops is None:
+        return reference.linear(x, weight, bias)
+    x, weight = x.contiguous(), weight.contiguous()
+    return _Linear.apply(x, weight, bias) if _needs_grad(*given) else ops.linear(x, weight, bias)
 
 
 class _RMSNorm(_dense.RMSNorm):
@@ -207,6 +238,24 @@ def packed_attention(
     if _ops(q, k, v) is None:
         return reference.packed_attention(q, k, v, slots, num_blocks, plan, kind)
     return _PackedAttention.apply(q, k, v, slots, num_blocks, plan, kind)
+
+
+def logits(
+    hidden: Tensor, weight: Tensor, num_tokens: int, softcap: float | None = None, product: Product = linear
+) -> Tensor:
+    return reference.logits(hidden, weight, num_tokens, softcap, product)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    num_tokens: int,
+    softcap: float | None = None,
+    product: Product = linear,
+) -> tuple[Tensor, Tensor]:
+    return reference.token_logprobs(hidden, weight, targets, temperature, num_tokens, softcap, product)
 
 
 def philox_uniform(seed: Tensor, sample_id: Tensor, position: Tensor) -> Tensor:
