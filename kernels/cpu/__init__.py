@@ -15,9 +15,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu.loader import extension
 from kernels.reference import KV_BLOCK, AttentionKind, AttentionPlan, SampledTokens
-from kernels.reference import attention as _attention
-from kernels.reference import dense as _dense
-from kernels.reference.attention import CAUSAL
+from kernels.reference.attention import CAUSAL, score_scale
 from kernels.reference.logprobs import Product
 
 __all__ = [
@@ -80,13 +78,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, weight, bias) if _needs_grad(*given) else ops.linear(x, weight, bias)
 
 
-class _RMSNorm(_dense.RMSNorm):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
         out, inv = extension().rms_norm(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, inv)
         ctx.offset = offset
         return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dx, dweight = extension().rms_norm_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.offset, None)
+        return dx, dweight, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
@@ -111,9 +114,10 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        dout, dtotal = grads
-        dx, dweight, *_ = _dense.RMSNorm.backward(ctx, dout)
-        dx += dtotal
+        total, weight, inv = ctx.saved_tensors
+        dout, dtotal = (grad.contiguous()[:, None] for grad in grads)
+        dx, dweight = extension().rms_norm_backward(dout, total[:, None], weight, inv, ctx.offset, dtotal)
+        dx = dx[:, 0]
         return dx, dx, dweight, None, None
 
 
@@ -149,11 +153,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rope.apply(*args) if _needs_grad(x) else ops.rope(*args, 1.0)
 
 
-class _SwiGLU(_dense.SwiGLU):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         return extension().swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return extension().swiglu_backward(grads[0].contiguous(), *ctx.saved_tensors)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -172,6 +180,10 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         ops.store_kv(_heads(k), _heads(v), k_cache, v_cache, slots)
 
 
+def _scores(kind: AttentionKind, q: Tensor) -> tuple[float, int, float]:
+    return score_scale(kind, q.shape[2]), kind.window or 0, kind.softcap or 0.0
+
+
 def attend_blocks(
     q: Tensor,
     k_cache: Tensor,
@@ -185,8 +197,7 @@ def attend_blocks(
         return reference.attend_blocks(q, k_cache, v_cache, plan, kind, lse)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     where = plan.queries, plan.contexts, plan.tables
-    scores = _attention.score_scale(kind, q.shape[2]), kind.window or 0, kind.softcap or 0.0
-    ops.attend(_heads(q), k_cache, v_cache, *where, *scores, out, lse)
+    ops.attend(_heads(q), k_cache, v_cache, *where, *_scores(kind, q), out, lse)
     return out
 
 
@@ -204,7 +215,7 @@ def attend_paged(
     return attend_blocks(q, k_cache, v_cache, plan, kind)
 
 
-class _PackedAttention(_attention.PackedAttention):
+class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -224,6 +235,15 @@ class _PackedAttention(_attention.PackedAttention):
         ctx.save_for_backward(q, k_blocks, v_blocks, slots, out, lse)
         ctx.plan, ctx.kind = plan, kind
         return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k_blocks, v_blocks, _, out, lse = ctx.saved_tensors
+        where = ctx.plan.contexts, ctx.plan.tables
+        dq, dk, dv = extension().attend_backward(
+            grads[0].contiguous(), q.contiguous(), k_blocks, v_blocks, out, lse, *where, *_scores(ctx.kind, q)
+        )
+        return dq, dk, dv, None, None, None, None, None
 
 
 def packed_attention(

@@ -44,7 +44,7 @@ struct Scratch {
 };
 
 // [32][dim] -> [dim][32]
-void transpose_keys(const float* from, float* to, int64_t dim) {
+inline void transpose_keys(const float* from, float* to, int64_t dim) {
   const int64_t whole = dim / kLanes * kLanes;
   for (int64_t j = 0; j < kBlock; j += kLanes) {
     for (int64_t d = 0; d < whole; d += kLanes)
@@ -98,7 +98,7 @@ void add_value_rows(float* out, const float* p, const float* shrink, const float
 }
 
 // Scores become probabilities relative to the row's new peak; returns the factor for what was added before.
-float absorb_scores(float* s, int64_t begin, int64_t end, float softcap, float& peak, float& mass) {
+inline float absorb_scores(float* s, int64_t begin, int64_t end, float softcap, float& peak, float& mass) {
   if (softcap > 0)
     for (int v = 0; v < kVecs; ++v)
       (Vec(softcap) * (Vec::loadu(s + v * kLanes) / Vec(softcap)).tanh()).store(s + v * kLanes);
@@ -118,7 +118,7 @@ float absorb_scores(float* s, int64_t begin, int64_t end, float softcap, float& 
   return shrink;
 }
 
-void attend_tile(const float* q, int64_t q_stride, const float* const* keys, const float* const* values, float* out,
+inline void attend_tile(const float* q, int64_t q_stride, const float* const* keys, const float* const* values, float* out,
                  int64_t out_stride, float* lse, int64_t lse_stride, int64_t position, int64_t count, const Shape& s,
                  Scratch& scratch) {
   const int64_t rows = count * s.group;
@@ -178,7 +178,7 @@ void attend_tile(const float* q, int64_t q_stride, const float* const* keys, con
 
 // q [T, Hq, D]; caches [pages, Hkv, page, D]; queries and contexts [S] and tables [S, blocks], int64, as in
 // plan_tiles. Fills out [T, Hq, D] and, where given, lse [T, Hq, 1].
-void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& queries,
+inline void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& queries,
             const at::Tensor& contexts, const at::Tensor& tables, double scale, int64_t window, double softcap,
             at::Tensor out, const std::optional<at::Tensor>& lse) {
   const int64_t heads = k_cache.size(1), per_page = k_cache.size(2) / kBlock, dim = q.size(2);
@@ -228,7 +228,7 @@ void attend(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_
 }
 
 // k, v [T, Hkv, D] into pages at slots [T].
-void store_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor k_cache, at::Tensor v_cache,
+inline void store_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor k_cache, at::Tensor v_cache,
               const at::Tensor& slots) {
   const int64_t heads = k.size(1), dim = k.size(2), page = k_cache.size(2);
   const int64_t* slot = slots.const_data_ptr<int64_t>();

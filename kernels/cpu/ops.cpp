@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "attention_backward.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "sampling.h"
@@ -16,6 +17,13 @@ TORCH_LIBRARY(onpolicy, m) {
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool offset) -> (Tensor, Tensor, Tensor)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def(
+      "attend_backward(Tensor dout, Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor out, Tensor lse, Tensor lengths, "
+      "Tensor tables, float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor inv, bool offset, Tensor? dsum) "
+      "-> (Tensor, Tensor)");
+  m.def("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("philox_uniform(Tensor seed, Tensor sample_id, Tensor position) -> Tensor");
   m.def("draw(Tensor z, Tensor logp, Tensor temperature, Tensor uniform) -> (Tensor, Tensor)");
@@ -28,6 +36,9 @@ TORCH_LIBRARY_IMPL(onpolicy, CPU, m) {
   m.impl("add_rms_norm", onpolicy::add_rms_norm);
   m.impl("rope", onpolicy::rope);
   m.impl("swiglu", onpolicy::swiglu);
+  m.impl("attend_backward", onpolicy::attend_backward);
+  m.impl("rms_norm_backward", onpolicy::rms_norm_backward);
+  m.impl("swiglu_backward", onpolicy::swiglu_backward);
   m.impl("linear", onpolicy::linear);
   m.impl("philox_uniform", onpolicy::philox_uniform);
   m.impl("draw", onpolicy::draw);

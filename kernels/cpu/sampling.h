@@ -13,7 +13,7 @@ namespace onpolicy {
 constexpr int64_t kCdfTile = 256;  // CDF_TILE of the reference
 
 // int64 [R] each -> fp32 [R] in [0, 1): first word of Philox4x32-10, top 24 bits.
-at::Tensor philox_uniform(const at::Tensor& seed, const at::Tensor& sample_id, const at::Tensor& position) {
+inline at::Tensor philox_uniform(const at::Tensor& seed, const at::Tensor& sample_id, const at::Tensor& position) {
   at::Tensor out = at::empty(seed.sizes(), seed.options().dtype(at::kFloat));
   float* to = out.mutable_data_ptr<float>();
   for (int64_t i = 0; i < seed.numel(); ++i) {
@@ -35,7 +35,7 @@ at::Tensor philox_uniform(const at::Tensor& seed, const at::Tensor& sample_id, c
 }
 
 // First entry whose running sum exceeds uniform * total, never one of mass zero. p is scratch of the row's width.
-int64_t inverse_cdf(const float* logp, float* p, std::vector<float>& tile_cdf, int64_t vocab, float uniform) {
+inline int64_t inverse_cdf(const float* logp, float* p, std::vector<float>& tile_cdf, int64_t vocab, float uniform) {
   float total = 0;
   tile_cdf.clear();
   for (int64_t begin = 0; begin < vocab; begin += kCdfTile) {
@@ -69,7 +69,7 @@ int64_t inverse_cdf(const float* logp, float* p, std::vector<float>& tile_cdf, i
 }
 
 // z and its log-softmax logp [R, V], temperature and uniform [R] -> token (arg max of z at temperature 0) and its logp.
-std::tuple<at::Tensor, at::Tensor> draw(const at::Tensor& z, const at::Tensor& logp, const at::Tensor& temperature,
+inline std::tuple<at::Tensor, at::Tensor> draw(const at::Tensor& z, const at::Tensor& logp, const at::Tensor& temperature,
                                         const at::Tensor& uniform) {
   const int64_t rows = z.size(0), vocab = z.size(1);
   at::Tensor tokens = at::empty({rows}, z.options().dtype(at::kLong)), chosen = at::empty({rows}, z.options());

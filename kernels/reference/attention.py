@@ -291,7 +291,7 @@ def attend_paged(
     return attend_blocks(q, k_cache, v_cache, plan, kind)
 
 
-class PackedAttention(torch.autograd.Function):
+class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -371,4 +371,4 @@ def packed_attention(
     Same bits as :func:`attend_paged` over any pages and chunks. The backward recomputes the scores
     (FlashAttention-2, Dao 2023) and is deterministic on CPU.
     """
-    return PackedAttention.apply(q, k, v, slots, num_blocks, plan, kind)
+    return _PackedAttention.apply(q, k, v, slots, num_blocks, plan, kind)

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-class RMSNorm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
         wide = x.float()
@@ -59,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Ten
     x [..., D], weight [D] -> [..., D] in x's dtype. With ``offset`` the factor is ``1 + weight``, in fp32
     (Gemma): bf16 resolves a weight near 0 far better than one near 1.
     """
-    return RMSNorm.apply(x, weight, eps, offset)
+    return _RMSNorm.apply(x, weight, eps, offset)
 
 
 def add_rms_norm(
@@ -117,7 +117,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rope.apply(x, cos, sin)
 
 
-class SwiGLU(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
@@ -143,7 +143,7 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer 2020). gate_up [T, 2I], gate first -> [T, I]."""
-    return SwiGLU.apply(gate_up)
+    return _SwiGLU.apply(gate_up)
 
 
 GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
