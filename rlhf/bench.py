@@ -200,7 +200,7 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
         task = prepare(config, Path(folder))
         cluster = LocalCluster(config.cluster)
         reward = RewardFunction(recipe=config.recipe.path, shuffle=False, seed=config.run.seed)
-        engines = {
+        engines: dict[str, Ours | Peer] = {
             "onpolicy": Ours(config, task, cluster, Path(folder), clock),
             "transformers": Peer(config, task, clock),
         }
