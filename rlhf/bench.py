@@ -8,7 +8,6 @@ Ours is the loop of ``rlhf/train.py`` on roles in this process. The peer starts 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -32,7 +31,6 @@ from rlhf.algorithms import Algorithm
 from rlhf.cluster.local import LocalCluster
 from rlhf.config import Config, load_config
 from rlhf.data import PromptStream
-from rlhf.functional import group_advantages
 from rlhf.launch import Task, prepare
 from rlhf.packing import pack
 from rlhf.roles.policy import Policy
@@ -103,11 +101,11 @@ class Ours:
         """Tokens of the batch."""
         clock = self.clock
         with clock.time("generate"):
-            generated = self.policy.generate(prompts, sampling, first_sample_id=self.num_samples)
-            answers = dict(itertools.chain.from_iterable(generated))
+            for finished in self.policy.generate(prompts, sampling, first_sample_id=self.num_samples):
+                reward.submit([(group, prompts[group], answers) for group, answers in finished])
             self.num_samples += len(prompts) * sampling.n
         with clock.time("reward"):
-            trajectories = reward.score(prompts, [answers[group] for group in range(len(prompts))])
+            trajectories = reward.collect()
         with clock.time("pack"):
             batch = self.algorithm.advantages(pack(trajectories, mask_truncated=self.algorithm.mask_truncated))
             minibatches = list(self.algorithm.minibatches(batch, self.rollout.max_tokens))
@@ -138,8 +136,9 @@ class Peer:
             trajectories = reward.score(prompts, answers)
         with clock.time("pack"):
             values = torch.tensor([t.score.value for t in trajectories if t.score is not None])
-            groups = torch.tensor([t.group for t in trajectories])
-            advantages = group_advantages(values, groups, normalize_std=True)
+            grouped = values.view(len(prompts), -1)
+            std, mean = torch.std_mean(grouped, 1, keepdim=True)
+            advantages = ((grouped - mean) / (std + 1e-6)).flatten()
         with clock.time("forward"):
             trained = mask.clone()
             trained[:, : ids.shape[1] - sampling.max_tokens] = 0
@@ -199,7 +198,7 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
         cluster = LocalCluster(config.cluster)
-        reward = RewardFunction(recipe=config.recipe.path, shuffle=False, seed=config.run.seed)
+        reward = RewardFunction(recipe=config.recipe.path, section=config.reward, seed=config.run.seed)
         engines: dict[str, Ours | Peer] = {
             "onpolicy": Ours(config, task, cluster, Path(folder), clock),
             "transformers": Peer(config, task, clock),

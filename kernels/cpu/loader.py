@@ -39,7 +39,7 @@ def extension() -> Any:
     """
     try:
         torch.ops.load_library(build())
-    except BuildError as error:
+    except (BuildError, OSError) as error:  # no compiler, no place to write, or a library that doesn't load
         log.warning("CPU ops run in plain torch, several times slower: %s", error)
         return None
     return torch.ops.onpolicy
@@ -62,8 +62,8 @@ def build() -> Path:
 
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", *CAPABILITY_FLAGS[capability]]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    sources = sorted(Path(__file__).parent.glob("*.[ch]*"))
-    content = repr((torch.__version__, flags)).encode() + b"".join(p.read_bytes() for p in sources if p.suffix != ".py")
+    sources = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
+    content = repr((torch.__version__, flags)).encode() + b"".join(p.read_bytes() for p in sources)
     library = _folder() / f"onpolicy_cpu_{hashlib.sha256(content).hexdigest()[:16]}.so"
     if library.exists():
         return library

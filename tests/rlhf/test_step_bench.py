@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from rlhf.bench import Clock
 
 
@@ -22,6 +24,7 @@ def test_a_phase_inside_a_phase_is_counted_once() -> None:
     assert clock.take() == {}
 
 
+@pytest.mark.slow  # starts DeepSpeed, and transformers beside it
 def test_both_sides_do_every_phase(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     small = "rollout.prompts_per_step=4 rollout.samples_per_prompt=2 rollout.kv_cache_gib=0.01 cluster.threads=1"
