@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kernels.reference import (
+from kernels import (
     AttentionKind,
     attend_paged,
     distribution,

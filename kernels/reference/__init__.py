@@ -17,6 +17,7 @@ Three habits buy that:
 from kernels.reference.attention import (
     KV_BLOCK,
     AttentionKind,
+    AttentionPlan,
     TileBatch,
     attend_blocks,
     attend_paged,
@@ -31,6 +32,7 @@ from kernels.reference.sampling import SampledTokens, philox_uniform, sample_tok
 __all__ = [
     "KV_BLOCK",
     "AttentionKind",
+    "AttentionPlan",
     "SampledTokens",
     "TileBatch",
     "add_rms_norm",

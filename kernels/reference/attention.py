@@ -16,8 +16,9 @@ R = rows a tile (Q * G, padded to a multiple of four), P (tile, block) pairs, B 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,29 +64,55 @@ class TileBatch:
     level_sizes: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Which queries see which KV blocks. Iterating gives the tiles, which are made when first asked for."""
+
+    queries: Tensor  # [S] int64 new tokens of each sequence
+    contexts: Tensor  # [S] int64 all its tokens, the new ones included
+    tables: Tensor  # [S, blocks] int64 ids of its KV blocks
+    device: torch.device | str
+    window: int | None
+
+    @cached_property
+    def tiles(self) -> tuple[TileBatch, ...]:
+        return _divide(self.queries.numpy(), self.contexts.numpy(), self.tables.numpy(), self.device, self.window)
+
+    def __iter__(self) -> Iterator[TileBatch]:
+        return iter(self.tiles)
+
+
 def plan_tiles(
     num_queries: Sequence[int] | np.ndarray,
     context_lens: Sequence[int] | np.ndarray,
     block_tables: Sequence[Sequence[int]] | np.ndarray,
     device: torch.device | str = "cpu",
     window: int | None = None,
-) -> tuple[TileBatch, ...]:
-    """Divide the queries of a batch into tiles. Sequence i brings its last ``num_queries[i]`` tokens.
+) -> AttentionPlan:
+    """Plan the attention of a batch. Sequence i brings its last ``num_queries[i]`` tokens.
 
     ``context_lens[i]`` counts all its tokens, those included; ``block_tables[i]`` lists its KV blocks (of
     32 keys) in order, at least ceil(context_len / 32) of them. Queries lie packed, sequence by sequence.
-    Decode rows (one query) and longer pieces go to separate batches, since they want different tiles.
     With a ``window``, blocks that lie wholly before it are left out; what a row sees inside a block is masked by
     :class:`AttentionKind`, so such a plan serves windows up to this one.
     """
-    queries = np.asarray(num_queries, dtype=np.int64)
-    context = np.asarray(context_lens, dtype=np.int64)
     if isinstance(block_tables, np.ndarray):
         tables = block_tables
     else:
         tables = np.zeros((len(block_tables), max(map(len, block_tables), default=1)), dtype=np.int64)
         for row, table in enumerate(block_tables):
             tables[row, : len(table)] = table
+
+    def tensor(x: Sequence[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
+
+    return AttentionPlan(tensor(num_queries), tensor(context_lens), tensor(tables), device, window)
+
+
+def _divide(
+    queries: np.ndarray, context: np.ndarray, tables: np.ndarray, device: torch.device | str, window: int | None
+) -> tuple[TileBatch, ...]:
+    """Decode rows (one query) and longer pieces go to separate batches, since they want different tiles."""
     starts = np.cumsum(queries) - queries
     batches: list[TileBatch] = []
     for chosen, width in ((queries == 1, 1), (queries > 1, PREFILL_TILE)):
@@ -215,7 +242,7 @@ def _max_levels(parts: Tensor, tiles: TileBatch) -> Tensor:
     return best
 
 
-def _scale(kind: AttentionKind, head_dim: int) -> float:
+def score_scale(kind: AttentionKind, head_dim: int) -> float:
     return 1 / math.sqrt(head_dim) if kind.scale is None else kind.scale
 
 
@@ -223,7 +250,7 @@ def attend_blocks(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    plan: Sequence[TileBatch],
+    plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
     lse: Tensor | None = None,
 ) -> Tensor:
@@ -234,7 +261,7 @@ def attend_blocks(
     Pages must hold finite values everywhere (0 * NaN is NaN): allocate them zeroed.
     """
     kv_heads = k_cache.shape[1]
-    out, scaled = torch.empty_like(q), q * _scale(kind, q.shape[2])
+    out, scaled = torch.empty_like(q), q * score_scale(kind, q.shape[2])
     for tiles in plan:
         rows = _gather_tiles(scaled, tiles, kv_heads)
         s = _scores(rows, _gather_blocks(k_cache, tiles.pair_block), tiles, kind)
@@ -256,7 +283,7 @@ def attend_paged(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
-    plan: Sequence[TileBatch],
+    plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
 ) -> Tensor:
     """Store this step's k, v [T, Hkv, D] in the pages, then attend. The engine's attention; no autograd."""
@@ -273,7 +300,7 @@ class _PackedAttention(torch.autograd.Function):
         v: Tensor,
         slots: Tensor,
         num_blocks: int,
-        plan: Sequence[TileBatch],
+        plan: AttentionPlan,
         kind: AttentionKind,
     ) -> Tensor:
         shape = (num_blocks, k.shape[1], KV_BLOCK, k.shape[2])
@@ -289,7 +316,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k_blocks, v_blocks, slots, out, lse = ctx.saved_tensors
         dout = grads[0].contiguous()
-        kv_heads, scale = k_blocks.shape[1], _scale(ctx.kind, q.shape[2])
+        kv_heads, scale = k_blocks.shape[1], score_scale(ctx.kind, q.shape[2])
         delta = (dout.float() * out.float()).sum(-1, keepdim=True)
         dq, scaled = torch.empty_like(q), q * scale
         dk = torch.zeros_like(k_blocks, dtype=torch.float32)
@@ -334,7 +361,7 @@ def packed_attention(
     v: Tensor,
     slots: Tensor,
     num_blocks: int,
-    plan: Sequence[TileBatch],
+    plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
 ) -> Tensor:
     """Causal attention within packed sequences; differentiable, never holds [T, T].

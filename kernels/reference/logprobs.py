@@ -7,6 +7,7 @@ so a sampled token's log-prob and the trainer's are the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,15 +17,19 @@ from kernels.reference.dense import ROW_MULTIPLE, linear
 
 CHUNK_ELEMENTS = 1 << 24  # of one [rows, V] fp32 block: 64 MiB
 
+Product = Callable[[Tensor, Tensor], Tensor]  # x [R, H] and weight [V, H] -> [R, V]: ``linear`` or its twin
 
-def logits(hidden: Tensor, weight: Tensor, num_tokens: int, softcap: float | None = None) -> Tensor:
+
+def logits(
+    hidden: Tensor, weight: Tensor, num_tokens: int, softcap: float | None = None, product: Product = linear
+) -> Tensor:
     """fp32 logits [R, V] of hidden [R, H] under weight [V, H]; columns from ``num_tokens`` on are -inf.
 
     Rows of the head beyond the tokenizer (padding for alignment) can so be neither sampled nor scored.
     With a ``softcap`` they are ``softcap * tanh(logit / softcap)`` (Gemma 2, 2024).
     The product itself is fp32 whatever the dtype: a logit of 20 in bf16 is off by up to 0.06.
     """
-    z = linear(hidden.float(), weight.float())
+    z = product(hidden.float(), weight.float())
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if num_tokens < z.shape[1]:
@@ -59,17 +64,19 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: Tensor,
         num_tokens: int,
         softcap: float | None,
+        product: Product,
     ) -> tuple[Tensor, Tensor]:
         wide = weight.float()  # once, not chunk by chunk
         logprob = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy = torch.empty_like(logprob)
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logp = distribution(logits(_pad(hidden[rows]), wide, num_tokens, softcap), _pad(temperature[rows]))
+            z = logits(_pad(hidden[rows]), wide, num_tokens, softcap, product)
+            logp = distribution(z, _pad(temperature[rows]))
             n = rows.stop - rows.start
             logprob[rows] = logp[:n].gather(1, targets[rows, None])[:, 0]
             entropy[rows] = _entropy(logp)[:n]
         ctx.save_for_backward(hidden, weight, targets, temperature)
-        ctx.num_tokens, ctx.softcap = num_tokens, softcap
+        ctx.num_tokens, ctx.softcap, ctx.product = num_tokens, softcap, product
         return logprob, entropy
 
     @staticmethod
@@ -81,7 +88,7 @@ class _TokenLogprobs(torch.autograd.Function):
         dweight = torch.zeros_like(wide)
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             heat = temperature[rows]
-            z = logits(hidden[rows], wide, ctx.num_tokens, ctx.softcap)
+            z = logits(hidden[rows], wide, ctx.num_tokens, ctx.softcap, ctx.product)
             logp = distribution(z, heat)
             p = torch.exp(logp)
             # d logprob / dz = onehot - p;  d entropy / dz = -p (log p + entropy)
@@ -96,7 +103,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 dz *= 1 - tanh * tanh
             dhidden[rows] = (dz @ wide).to(hidden.dtype)
             dweight += dz.T @ hidden[rows].float()
-        return dhidden, dweight.to(weight.dtype), None, None, None, None
+        return dhidden, dweight.to(weight.dtype), None, None, None, None, None
 
 
 def _entropy(logp: Tensor) -> Tensor:
@@ -111,10 +118,11 @@ def token_logprobs(
     temperature: Tensor,
     num_tokens: int,
     softcap: float | None = None,
+    product: Product = linear,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy of each row, without ever holding [R, V] of more than one chunk.
 
     hidden [R, H], weight [V, H], targets [R] int64, temperature [R] fp32 (0 is scored at 1) ->
     two fp32 [R], natural log. Differentiable in hidden and weight; the backward recomputes the chunk.
     """
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, num_tokens, softcap)
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, num_tokens, softcap, product)

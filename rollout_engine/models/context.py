@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import KV_BLOCK, AttentionKind, TileBatch, attend_paged, packed_attention, plan_tiles, store_kv
+from kernels import KV_BLOCK, AttentionKind, AttentionPlan, attend_paged, packed_attention, plan_tiles, store_kv
 from kernels.torch_attention import Spans, varlen_attention
 
 
@@ -41,9 +41,9 @@ class TilePlans:
         device: torch.device | str,
     ) -> None:
         self._batch = (num_queries, context_lens, block_tables, device)
-        self._plans: dict[int | None, tuple[TileBatch, ...]] = {}
+        self._plans: dict[int | None, AttentionPlan] = {}
 
-    def __getitem__(self, window: int | None) -> tuple[TileBatch, ...]:
+    def __getitem__(self, window: int | None) -> AttentionPlan:
         if window not in self._plans:
             self._plans[window] = plan_tiles(*self._batch, window=window)
         return self._plans[window]

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.reference.attention as attention
-from kernels import KV_BLOCK, TileBatch, attend_paged, packed_attention, plan_tiles
+from kernels import KV_BLOCK, AttentionPlan, attend_paged, packed_attention, plan_tiles
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 FORWARD, BACKWARD = 2e-6, 1e-5
 LENGTHS = (1, 31, 32, 33, 70, 129)
@@ -50,7 +52,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
     return torch.cat(outputs)
 
 
-def packed_layout(lengths: Sequence[int]) -> tuple[Tensor, int, tuple[TileBatch, ...]]:
+def packed_layout(lengths: Sequence[int]) -> tuple[Tensor, int, AttentionPlan]:
     """Slots, number of blocks and plan of whole sequences, each in blocks of its own; blocks handed out backwards."""
     counts = [-(-length // KV_BLOCK) for length in lengths]
     free = list(range(sum(counts)))
@@ -137,7 +139,7 @@ def test_max_pairs_bounds_memory_and_changes_no_bit(max_pairs: int, monkeypatch:
     whole, grads = packed(qkv, LENGTHS), gradients(qkv, LENGTHS, upstream)
     longest = -(-max(LENGTHS) // KV_BLOCK)
     monkeypatch.setattr(attention, "MAX_PAIRS", max_pairs)
-    plan = packed_layout(LENGTHS)[2]
+    plan = packed_layout(LENGTHS)[2].tiles
     assert len(plan) > 2 and all(len(tiles.pair_tile) <= max(max_pairs, longest) for tiles in plan)
     assert torch.equal(packed(qkv, LENGTHS), whole)
     assert all(map(torch.equal, gradients(qkv, LENGTHS, upstream), grads))

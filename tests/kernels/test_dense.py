@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kernels import add_rms_norm, geglu, linear, rms_norm, rope, rope_tables, swiglu
 from kernels.reference.dense import llama3_inv_freq
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 FORWARD, BACKWARD = 2e-6, 1e-5
 WIDTHS = (17, 131, 260)
 EPS = 1e-5

@@ -15,6 +15,8 @@ from torch import Tensor
 from kernels import SampledTokens, philox_uniform, sample_tokens
 from kernels.reference.sampling import filter_mask
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 VOCABS = (5, 20, 256, 257, 1000)
 TOP = 1 - 2.0**-24  # the largest uniform
 

@@ -1,0 +1,1 @@
+"""``python -m rollout_engine.bench``: generation throughput, beside transformers and the machine's own limit."""
