@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,18 +56,63 @@ def pack_supervised(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batc
     )
 
 
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """A batch without the tokens that a sequence has in common with the first of its group, from the start on.
+
+    The samples of a prompt repeat it, and what they repeat has the same hidden states, bit for bit: a token's row
+    doesn't depend on its company. A sequence that repeats everything is left out altogether.
+    """
+
+    tokens: Tensor  # [P] int64, those that are left
+    row_of: Tensor  # [T] int64 in [0, P), of every token of the batch
+    lengths: list[int]  # of the sequences that are left
+    num_own: list[int]  # tokens that each of those brings
+    source: np.ndarray  # [sum of lengths] int64 row of each of their tokens
+
+    @classmethod
+    def of(cls, batch: Batch) -> SharedPrefixes:
+        tokens, groups = batch.tokens.numpy(), batch.groups.tolist()
+        rows = np.empty(len(tokens), dtype=np.int64)
+        kept, lengths, num_own, sources = [], [], [], []
+        begin, num_rows, leader, leader_group = 0, 0, slice(0, 0), None
+        for length, group in zip(batch.lengths, groups, strict=True):
+            span = slice(begin, begin + length)
+            shared = 0
+            if group == leader_group:
+                most = min(length, leader.stop - leader.start)
+                differs = tokens[begin : begin + most] != tokens[leader.start : leader.start + most]
+                shared = int(differs.argmax()) if differs.any() else most
+                rows[begin : begin + shared] = rows[leader.start : leader.start + shared]
+            else:
+                leader, leader_group = span, group
+            if shared < length:
+                own = length - shared
+                rows[begin + shared : span.stop] = np.arange(num_rows, num_rows + own)
+                num_rows += own
+                kept.append(tokens[begin + shared : span.stop])
+                lengths.append(length)
+                num_own.append(own)
+                sources.append(rows[span])
+            begin = span.stop
+        return cls(
+            torch.from_numpy(np.concatenate(kept)), torch.from_numpy(rows), lengths, num_own, np.concatenate(sources)
+        )
+
+
 def forward_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Score the batch's trained tokens with a decoder (or its DeepSpeed engine).
+    """Score the batch's trained tokens with a decoder (or its DeepSpeed engine), shared prefixes once.
 
     Returns (index [R] of the scored tokens in the batch, log-probs [R], entropies [R]), on the model's device.
     """
     device = next(model.parameters()).device
+    shared = SharedPrefixes.of(batch)
     (scored,) = torch.nonzero(batch.loss_mask, as_tuple=True)
-    scored = scored.to(device)
-    tokens = batch.tokens.to(device)
-    ctx = PackedAttention.from_lengths(batch.lengths, device)
-    logprobs, entropy = model(tokens, ctx, scored - 1, tokens[scored], batch.temperature.to(device)[scored])
-    return scored, logprobs, entropy
+    rows = shared.row_of[scored - 1].to(device)
+    targets, heat = batch.tokens[scored].to(device), batch.temperature[scored].to(device)
+    ctx = PackedAttention.from_lengths(shared.lengths, device, num_own=shared.num_own, source=shared.source)
+    logprobs, entropy = model(shared.tokens.to(device), ctx, rows, targets, heat)
+    return scored.to(device), logprobs, entropy
 
 
 @torch.no_grad()

@@ -239,7 +239,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k_blocks, v_blocks, _, out, lse = ctx.saved_tensors
-        where = ctx.plan.contexts, ctx.plan.tables
+        where = ctx.plan.queries, ctx.plan.contexts, ctx.plan.tables
         dq, dk, dv = extension().attend_backward(
             grads[0].contiguous(), q.contiguous(), k_blocks, v_blocks, out, lse, *where, *_scores(ctx.kind, q)
         )

@@ -18,24 +18,31 @@ inline void add_scaled(float* to, const float* from, float factor, int64_t width
   for (; i < width; ++i) to[i] += factor * from[i];
 }
 
-// q, dout, out [T, Hq, D] and lse [T, Hq, 1], contiguous; blocks [P, Hkv, 32, D]; lengths [S]; tables [S, blocks].
-// Returns dq [T, Hq, D], dk and dv [T, Hkv, D].
+// q, dout, out [T, Hq, D] and lse [T, Hq, 1], contiguous; blocks [P, Hkv, 32, D]; queries and contexts [S] and tables
+// [S, blocks] as in plan_tiles. Returns dq [T, Hq, D], dk and dv [K, Hkv, D] of all contexts, end to end.
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> attend_backward(
     const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k_blocks, const at::Tensor& v_blocks,
-    const at::Tensor& out, const at::Tensor& lse, const at::Tensor& lengths, const at::Tensor& tables, double scale,
-    int64_t window, double softcap) {
+    const at::Tensor& out, const at::Tensor& lse, const at::Tensor& queries, const at::Tensor& contexts,
+    const at::Tensor& tables, double scale, int64_t window, double softcap) {
   const int64_t heads = k_blocks.size(1), q_heads = q.size(1), dim = q.size(2), group = q_heads / heads;
+  const int64_t *asked = queries.const_data_ptr<int64_t>(), *length = contexts.const_data_ptr<int64_t>();
+  std::vector<int64_t> keys_from(contexts.numel()), rows_from(contexts.numel());  // of each sequence's position 0
+  int64_t num_keys = 0, num_rows = 0;
+  for (int64_t s = 0; s < contexts.numel(); ++s) {
+    keys_from[s] = num_keys;
+    num_keys += length[s];
+    num_rows += asked[s];
+    rows_from[s] = num_rows - length[s];
+  }
   at::Tensor dq = at::zeros(q.sizes(), q.options());
-  at::Tensor dk = at::zeros({q.size(0), heads, dim}, q.options()), dv = at::zeros({q.size(0), heads, dim}, q.options());
+  at::Tensor dk = at::zeros({num_keys, heads, dim}, q.options()), dv = at::zeros({num_keys, heads, dim}, q.options());
   const float *qs = q.const_data_ptr<float>(), *douts = dout.const_data_ptr<float>();
   const float *outs = out.const_data_ptr<float>(), *lses = lse.const_data_ptr<float>();
   const float *ks = k_blocks.const_data_ptr<float>(), *vs = v_blocks.const_data_ptr<float>();
   float *dqs = dq.mutable_data_ptr<float>(), *dks = dk.mutable_data_ptr<float>(), *dvs = dv.mutable_data_ptr<float>();
-  const int64_t *length = lengths.const_data_ptr<int64_t>(), *table = tables.const_data_ptr<int64_t>();
-  std::vector<int64_t> starts(lengths.numel());
-  for (int64_t s = 1; s < lengths.numel(); ++s) starts[s] = starts[s - 1] + length[s - 1];
+  const int64_t* table = tables.const_data_ptr<int64_t>();
 
-  at::parallel_for(0, lengths.numel() * heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, contexts.numel() * heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> keys(dim * kBlock), values(dim * kBlock), scores(group * kBlock), dscores(group * kBlock);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t seq = item / heads, head = item % heads;
@@ -45,10 +52,10 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> attend_backward(
         transpose_keys(ks + at, keys.data(), dim);
         transpose_keys(vs + at, values.data(), dim);
         const int64_t last = window > 0 ? std::min(length[seq], start + kBlock + window - 1) : length[seq];
-        for (int64_t position = start; position < last; ++position) {
+        for (int64_t position = std::max(start, length[seq] - asked[seq]); position < last; ++position) {
           const int64_t first = window > 0 ? std::max<int64_t>(0, position - window + 1 - start) : 0;
           const int64_t stop = std::min(kBlock, position - start + 1);
-          const int64_t row = (starts[seq] + position) * q_heads + head * group;
+          const int64_t row = (rows_from[seq] + position) * q_heads + head * group;
           for (int64_t g = 0; g < group; ++g) {
             score_rows<1>(qs + (row + g) * dim, keys.data(), scores.data() + g * kBlock, dim);
             score_rows<1>(douts + (row + g) * dim, values.data(), dscores.data() + g * kBlock, dim);
@@ -68,7 +75,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> attend_backward(
             }
           }
           for (int64_t j = first; j < stop; ++j) {
-            const int64_t key = ((starts[seq] + start + j) * heads + head) * dim;
+            const int64_t key = ((keys_from[seq] + start + j) * heads + head) * dim;
             for (int64_t g = 0; g < group; ++g) {
               const float p = scores[g * kBlock + j], ds = dscores[g * kBlock + j];
               add_scaled(dqs + (row + g) * dim, ks + at + j * dim, ds, dim);

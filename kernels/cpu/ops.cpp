@@ -18,8 +18,8 @@ TORCH_LIBRARY(onpolicy, m) {
   m.def("rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def(
-      "attend_backward(Tensor dout, Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor out, Tensor lse, Tensor lengths, "
-      "Tensor tables, float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
+      "attend_backward(Tensor dout, Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor out, Tensor lse, Tensor queries, "
+      "Tensor contexts, Tensor tables, float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor inv, bool offset, Tensor? dsum) "
       "-> (Tensor, Tensor)");

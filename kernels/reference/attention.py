@@ -366,8 +366,9 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention within packed sequences; differentiable, never holds [T, T].
 
-    q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]. ``slots`` [T] puts each token in one of ``num_blocks``
-    blocks of 32 counted from its sequence's start; ``plan`` is :func:`plan_tiles` over the same blocks.
+    q [T, Hq, D], k and v [K, Hkv, D] -> [T, Hq, D]: the queries that the sequences bring, and all tokens of their
+    contexts, end to end. ``slots`` [K] puts each of those in one of ``num_blocks`` blocks of 32 counted from its
+    sequence's start; ``plan`` is :func:`plan_tiles` over the same blocks.
     Same bits as :func:`attend_paged` over any pages and chunks. The backward recomputes the scores
     (FlashAttention-2, Dao 2023) and is deterministic on CPU.
     """

@@ -55,31 +55,57 @@ def _is_cuda(device: torch.device | str) -> bool:
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Whole sequences laid end to end, causal within each, differentiable: the trainer's context."""
+    """Sequences laid end to end, causal within each, differentiable: the trainer's context.
 
-    positions: Tensor
-    slots: Tensor  # [T] int64
+    A sequence may leave out its first tokens where another one brings the same (samples share their prompt): their
+    keys and values are then read from there, as the engine reads them from shared pages.
+    """
+
+    positions: Tensor  # [T] int64, of the tokens that are there
+    source: Tensor | None  # [K] int64 row of each token of each context; None: all are there, in order
+    slots: Tensor  # [K] int64
     num_blocks: int
     plans: TilePlans
-    spans: Spans | None  # set: torch's fused attention
+    spans: tuple[Spans, Spans] | None  # tokens there, contexts; set: torch's fused attention
 
     @classmethod
     def from_lengths(
-        cls, lengths: Sequence[int], device: torch.device | str = "cpu", fused: bool | None = None
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        fused: bool | None = None,
+        num_own: Sequence[int] | None = None,
+        source: np.ndarray | None = None,
     ) -> PackedAttention:
-        lens = torch.tensor(lengths, dtype=torch.int64)
+        """For sequences of these lengths. Sequence i brings its last ``num_own[i]`` tokens (at least one; all, by
+        default); ``source`` [K] then says in which row each token of each whole sequence is found."""
+        lens = np.asarray(lengths, dtype=np.int64)
+        own = lens if num_own is None else np.asarray(num_own, dtype=np.int64)
         blocks = -(-lens // KV_BLOCK)
-        first = blocks.cumsum(0) - blocks
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        slots = torch.repeat_interleave(first * KV_BLOCK, lens) + positions
-        tables = (first[:, None] + torch.arange(int(blocks.max()))).numpy()
-        plans = TilePlans(lengths, lengths, tables, device)
-        spans = Spans.of(lengths, device) if (_is_cuda(device) if fused is None else fused) else None
-        return cls(positions.to(device), slots.to(device), int(blocks.sum()), plans, spans)
+        first = np.cumsum(blocks) - blocks
+        rows, offsets = _rows_and_positions(lens, lens)
+        tables = first[:, None] + np.arange(int(blocks.max()))
+        plans = TilePlans(own, lens, tables, device)
+        use_fused = _is_cuda(device) if fused is None else fused
+
+        def tensor(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x).to(device)
+
+        return cls(
+            tensor(_rows_and_positions(own, lens)[1]),
+            None if source is None else tensor(source),
+            tensor(first[rows] * KV_BLOCK + offsets),
+            int(blocks.sum()),
+            plans,
+            (Spans.of(own, device), Spans.of(lens, device)) if use_fused else None,
+        )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+        if self.source is not None:
+            k, v = k[self.source], v[self.source]
         if self.spans is not None and kind.softcap is None:
-            return varlen_attention(q, k, v, self.spans, self.spans, kind)
+            return varlen_attention(q, k, v, *self.spans, kind)
         return packed_attention(q, k, v, self.slots, self.num_blocks, self.plans[kind.window], kind)
 
 
