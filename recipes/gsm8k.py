@@ -16,7 +16,7 @@ from rlhf import Completion, Score
 FORMAT_REWARD = 0.1  # for a wrong number in the form asked for, so that there is something to climb
 MAX_DIGITS = 40  # nobody's answer is longer, and to multiply out what is costs time
 
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _NUMBER = re.compile(rf"(-?(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+))(?:\s*/\s*({_INTEGER}))?")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _LATEX = (("{,}", ","), (r"\,", ""), (r"\!", ""), (r"\$", ""), ("$", ""), ("\N{MINUS SIGN}", "-"))
@@ -57,13 +57,13 @@ def number(text: str) -> Fraction | None:
     text = _FRACTION.sub(r"\1/\2", text)
     for latex, plain in _LATEX:
         text = text.replace(latex, plain)
-    found = list(_NUMBER.finditer(text))
-    if len(found) != 1 or r"frac" in text or len(found[0][0]) > MAX_DIGITS:
+    found = _NUMBER.search(text)
+    if found is None or r"\frac" in text or len(found[0]) > MAX_DIGITS:
         return None
-    beside = text[: found[0].start()] + text[found[0].end() :]
-    if any(unicodedata.category(character) in ("Nd", "No") for character in beside):  # 3² and 3½ aren't 3
+    beside = text[: found.start()] + text[found.end() :]
+    if any(unicodedata.category(character) in ("Nd", "No") for character in beside):  # 3 4, 3² and 3½ aren't 3
         return None
-    top, bottom = (Fraction((part or "1").replace(",", "")) for part in found[0].groups())
+    top, bottom = (Fraction((part or "1").replace(",", "")) for part in found.groups())
     return top / bottom if bottom else None
 
 

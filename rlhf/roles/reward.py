@@ -6,7 +6,7 @@ import logging
 import random
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,7 @@ class RewardFunction:
 
 
 def _settled(futures: Sequence[Future[Any]], *, at_first_failure: bool) -> bool:
-    state = wait(futures, POLL_S, FIRST_EXCEPTION if at_first_failure else ALL_COMPLETED)
+    state = wait(futures, POLL_S)
     return not state.not_done or (at_first_failure and any(future.exception() for future in state.done))
 
 

@@ -235,6 +235,16 @@ def test_a_hanging_reward_is_given_up_and_the_others_judged(make: Make, source: 
         module(role).GO.set()
 
 
+def test_an_async_call_that_is_given_up_is_cancelled(make: Make) -> None:
+    role = make(
+        "async def reward(completion):\n    try:\n        await asyncio.sleep(60)\n    finally:\n        GO.set()",
+        timeout_s=0.1,
+        on_error="penalty",
+    )
+    assert values(role.score(*([x] for x in group("a")))) == [0.0]
+    assert module(role).GO.wait(LONG_S / 2)
+
+
 def test_an_async_reward_that_blocks_its_loop_is_given_up_with_the_loop(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
