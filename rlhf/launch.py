@@ -84,7 +84,7 @@ def dry_run(config: Config) -> str:
     section = config.reward.model_copy(update={"on_error": "fail"})
     reward = RewardFunction(recipe=config.recipe.path, section=section, seed=config.run.seed)
     for t in reward.score(tried, [[Completion(prompt.text, "", (), "stop")] for prompt in tried]):
-        lines.append(f"reward of an empty answer to {t.prompt.text!r:.200}: {t.score.value if t.score else None}")
+        lines.append(f"reward of an empty answer to {t.prompt.question!r:.200}: {t.score.value if t.score else None}")
     return "\n".join(lines)
 
 

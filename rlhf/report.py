@@ -39,11 +39,20 @@ def before_and_after(before: Evaluation, after: Evaluation, count: int = 8) -> s
     """The same held-out prompts answered by the starting and the trained policy, as a table."""
     rows = [("prompt", "before", "after")]
     for old, new in list(zip(before.trajectories, after.trajectories, strict=True))[:count]:
-        rows.append((old.prompt.text, _marked(old.completion.text, old.score), _marked(new.completion.text, new.score)))
+        rows.append(
+            (
+                _line(old.prompt.question),
+                _marked(old.completion.text, old.score),
+                _marked(new.completion.text, new.score),
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
+def _line(text: str) -> str:
+    return text.replace("\n", " ")[:60]
+
+
 def _marked(text: str, score: Any) -> str:
-    shown = text.replace("\n", " ")[:60]
-    return f"{shown} {'✓' if score is not None and score.value >= 1 else '✗'}"
+    return f"{_line(text)} {'✓' if score is not None and score.value >= 1 else '✗'}"

@@ -27,6 +27,11 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()  # the conversation, where there is one
 
+    @property
+    def question(self) -> str:
+        """What a person knows it by: the last message, or the text."""
+        return str(self.messages[-1]["content"]) if self.messages else self.text
+
 
 @dataclass(frozen=True)
 class Completion:

@@ -102,15 +102,22 @@ class RewardFunction:
             elif isinstance(error, Overdue):
                 verdicts = [Problem("timeout", str(error))] * len(call.answers)
             else:
-                verdicts = [Problem("error", f"raised {_described(error)}")] * len(call.answers)
+                verdicts = [Problem("error", f"raised {self._described(error)}")] * len(call.answers)
             yield from zip(call.answers, verdicts, strict=True)
+
+    def _described(self, error: BaseException) -> str:
+        """Type and message of an exception, and the recipe's line that it comes from."""
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == self.recipe.module.__file__]
+        place = f" ({Path(str(self.recipe.module.__file__)).name}, line {lines[-1]})" if lines else ""
+        return f"{type(error).__name__}: {error}{place}"
 
     def _report(self, failed: list[tuple[Prompt, Completion, Problem]], count: int) -> None:
         """Raise for the first answer without a reward, or log it."""
         if not failed:
             return
         prompt, answer, problem = failed[0]
-        what = f"reward() {problem.message}, for prompt {prompt.text!r:.300} and answer {answer.text!r:.300}"
+        what = f"reward() {problem.message}, for prompt {prompt.question!r:.300} and answer {answer.text!r:.300}"
         if self.section.on_error == "fail":
             raise ValueError(f"{what}. Mend it, or set reward.on_error=penalty")
         log.warning("%d of %d answers score the penalty %g: %s", len(failed), count, self.section.penalty, what)
@@ -131,10 +138,3 @@ def _with_messages(prompt: Prompt, completion: Completion) -> Completion:
     if not prompt.messages:
         return completion
     return replace(completion, messages=(*prompt.messages, {"role": "assistant", "content": completion.text}))
-
-
-def _described(error: BaseException) -> str:
-    """Type, message and place of an exception."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"

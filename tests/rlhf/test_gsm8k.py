@@ -50,7 +50,8 @@ def test_the_right_number_however_it_is_written(text: str) -> None:
         ("#### " + " ".join(map(str, range(100))), NOTHING), ("#### 1 8", NOTHING), ("#### 17/18/19", NOTHING),
         # not that number
         ("#### 18²", NOTHING), ("#### 18½", NOTHING), ("#### 18e0", NOTHING), ("#### 0x18", NOTHING),
-        ("#### 18:00", NOTHING), ("#### 1,8", NOTHING), ("#### 1,8000", NOTHING), ("#### 18.0.0", NOTHING), ("#### 18/0", NOTHING),
+        ("#### 18:00", NOTHING), ("#### 1,8", NOTHING), ("#### 1,8000", NOTHING), ("#### 18.0.0", NOTHING),
+        ("#### 18/0", NOTHING),
         (r"\boxed{\frac18}", NOTHING), ("#### ١٨", NOTHING), ("#### 18!2", NOTHING), ("#### 18" + "0" * 9999, NOTHING),
         # right, and then it goes on
         ("#### 18\nBut maybe it is 19.", LOOSE), (r"\boxed{18} I think, or 19", LOOSE),

@@ -151,6 +151,7 @@ def test_the_reward_sees_the_conversation_with_the_answer(make: Make) -> None:
 
 
 FAILURES = [
+    ("import json; json.loads('{')", r"raised JSONDecodeError: .* \(mine\.py, line \d+\)"),
     ("return 1 / 0", r"raised ZeroDivisionError: division by zero \(mine\.py, line \d+\)"),
     ("sys.exit(3)", r"raised \w+: (SystemExit: )?3"),
     ("raise KeyboardInterrupt", "KeyboardInterrupt"),
