@@ -144,7 +144,7 @@ def test_a_reward_works_in_its_actor_after_submit_has_returned(cluster, tmp_path
     recipe = str(tmp_path / "waits.py")
     judge = cluster.spawn("judge", RewardFunction, recipe=recipe, section=Reward(timeout_s=60), seed=0)
     for group in (1, 0):  # a call that waits for the reward would end after 2 s, as the cluster says
-        judge.submit(group, Prompt(group, "p", (1,)), [Completion("p", str(group), (7,), "stop", (-1.0,))])
+        judge.submit([(group, Prompt(group, "p", (1,)), [Completion("p", str(group), (7,), "stop", (-1.0,))])])
         deadline = time.monotonic() + 60
         while not (tmp_path / "started").exists():
             assert time.monotonic() < deadline

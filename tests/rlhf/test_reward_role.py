@@ -310,7 +310,7 @@ def test_what_hangs_does_not_keep_the_process_alive(tmp_path: Path, source: str)
         "from rlhf.config import Reward\nfrom rlhf.roles.reward import RewardFunction\n"
         "from rlhf.types import Completion, Prompt\n"
         f"role = RewardFunction(recipe={str(tmp_path / 'mine.py')!r}, section=Reward(), seed=0)\n"
-        "role.submit(0, Prompt(0, 'p', (1,)), [Completion('p', 'hang', (), 'stop')])\n"
+        "role.submit([(0, Prompt(0, 'p', (1,)), [Completion('p', 'hang', (), 'stop')])])\n"
         "assert role.recipe.module.STARTED.wait(60)\nprint('end')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
