@@ -32,9 +32,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
-# DeepSpeed builds one small collective op on first use. Done once here, with a bound, so that no two ranks race for it.
+# DeepSpeed builds one small collective op on first use, and our CPU ops are C++: done once here, with a bound, so that
+# no two ranks race for it. Without a compiler plain torch computes, several times slower.
 $(BUILT): $(INSTALLED)
 	timeout 600 $(BIN)/python -m rlhf.backends.prebuild
+	timeout 600 $(BIN)/python -m kernels.cpu
 	touch $@
 
 quickstart: install

@@ -59,8 +59,14 @@ def divide_prompts(
 
 
 def divide_batch(ranks: int, batch: Batch) -> tuple[list[dict[str, Any]], Join]:
-    """For ``score``: sequences by their lengths; the filled batches come back in the batch's own order."""
-    shares = balanced(batch.lengths, ranks)
+    """For ``score``: whole groups by their lengths, since samples share their prompt, or sequences where there are
+    fewer groups than ranks; the filled batches come back in the batch's own order."""
+    groups: dict[int, list[int]] = {}
+    for sequence, group in enumerate(batch.groups.tolist()):
+        groups.setdefault(group, []).append(sequence)
+    units = list(groups.values()) if len(groups) >= ranks else [[i] for i in range(batch.num_sequences)]
+    sizes = [sum(batch.lengths[i] for i in unit) for unit in units]
+    shares = [sorted(i for unit in share for i in units[unit]) for share in balanced(sizes, ranks)]
 
     def join(results: list[Batch]) -> Batch:
         filled = [result for result, share in zip(results, shares, strict=True) if share]

@@ -61,40 +61,41 @@ class SharedPrefixes:
     """A batch without the tokens that a sequence has in common with the first of its group, from the start on.
 
     The samples of a prompt repeat it, and what they repeat has the same hidden states, bit for bit: a token's row
-    doesn't depend on its company. A sequence that repeats everything is left out altogether.
+    doesn't depend on its company. A sequence that repeats everything is left out altogether. So is every sequence's
+    last token, which predicts nothing.
     """
 
     tokens: Tensor  # [P] int64, those that are left
-    row_of: Tensor  # [T] int64 in [0, P), of every token of the batch
-    lengths: list[int]  # of the sequences that are left
+    row_of: Tensor  # [T] int64 in [0, P), of every token of the batch but the last ones
+    lengths: list[int]  # of the sequences that are left, without their last tokens
     num_own: list[int]  # tokens that each of those brings
     source: np.ndarray  # [sum of lengths] int64 row of each of their tokens
 
     @classmethod
     def of(cls, batch: Batch) -> SharedPrefixes:
         tokens, groups = batch.tokens.numpy(), batch.groups.tolist()
-        rows = np.empty(len(tokens), dtype=np.int64)
+        rows = np.zeros(len(tokens), dtype=np.int64)
         kept, lengths, num_own, sources = [], [], [], []
         begin, num_rows, leader, leader_group = 0, 0, slice(0, 0), None
-        for length, group in zip(batch.lengths, groups, strict=True):
-            span = slice(begin, begin + length)
-            shared = 0
+        for whole, group in zip(batch.lengths, groups, strict=True):
+            length = max(1, whole - 1)
+            end, shared = begin + length, 0
             if group == leader_group:
                 most = min(length, leader.stop - leader.start)
                 differs = tokens[begin : begin + most] != tokens[leader.start : leader.start + most]
                 shared = int(differs.argmax()) if differs.any() else most
                 rows[begin : begin + shared] = rows[leader.start : leader.start + shared]
             else:
-                leader, leader_group = span, group
+                leader, leader_group = slice(begin, end), group
             if shared < length:
                 own = length - shared
-                rows[begin + shared : span.stop] = np.arange(num_rows, num_rows + own)
+                rows[begin + shared : end] = np.arange(num_rows, num_rows + own)
                 num_rows += own
-                kept.append(tokens[begin + shared : span.stop])
+                kept.append(tokens[begin + shared : end])
                 lengths.append(length)
                 num_own.append(own)
-                sources.append(rows[span])
-            begin = span.stop
+                sources.append(rows[begin:end])
+            begin += whole
         return cls(
             torch.from_numpy(np.concatenate(kept)), torch.from_numpy(rows), lengths, num_own, np.concatenate(sources)
         )

@@ -35,11 +35,9 @@ __all__ = [
 ]
 
 
-def _ops(*tensors: Tensor) -> Any | None:
-    """The extension, if it can take these."""
-    if all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
-        return extension()
-    return None
+def _ops(x: Tensor) -> Any | None:
+    """The extension, if it can take this; what goes with it has its dtype and device, or the extension objects."""
+    return extension() if x.dtype is torch.float32 and x.is_cpu else None
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -70,12 +68,15 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    given = (x, weight) if bias is None else (x, weight, bias)
-    ops = _ops(*given)
+    ops = _ops(x)
     if ops is None:
         return reference.linear(x, weight, bias)
     x, weight = x.contiguous(), weight.contiguous()
-    return _Linear.apply(x, weight, bias) if _needs_grad(*given) else ops.linear(x, weight, bias)
+    return (
+        _Linear.apply(x, weight, bias)
+        if _needs_grad(x, weight, *(() if bias is None else (bias,)))
+        else ops.linear(x, weight, bias)
+    )
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -93,7 +94,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
-    ops = _ops(x, weight)
+    ops = _ops(x)
     if ops is None or x.ndim not in (2, 3):
         return reference.rms_norm(x, weight, eps, offset)
     heads = _heads(x[:, None] if x.ndim == 2 else x)
@@ -124,7 +125,7 @@ class _AddRMSNorm(torch.autograd.Function):
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: bool = False
 ) -> tuple[Tensor, Tensor]:
-    ops = _ops(x, residual, weight)
+    ops = _ops(x)
     if ops is None:
         return reference.add_rms_norm(x, residual, weight, eps, offset)
     x, residual = x.contiguous(), residual.contiguous()
@@ -146,7 +147,7 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    ops = _ops(x, cos, sin)
+    ops = _ops(x)
     if ops is None:
         return reference.rope(x, cos, sin)
     args = _heads(x), cos.contiguous(), sin.contiguous()
@@ -173,7 +174,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    ops = _ops(k, v, k_cache, v_cache)
+    ops = _ops(k)
     if ops is None:
         reference.store_kv(k, v, k_cache, v_cache, slots)
     else:
@@ -192,7 +193,7 @@ def attend_blocks(
     kind: AttentionKind = CAUSAL,
     lse: Tensor | None = None,
 ) -> Tensor:
-    ops = _ops(q, k_cache, v_cache)
+    ops = _ops(q)
     if ops is None:
         return reference.attend_blocks(q, k_cache, v_cache, plan, kind, lse)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -255,7 +256,7 @@ def packed_attention(
     plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
 ) -> Tensor:
-    if _ops(q, k, v) is None:
+    if _ops(q) is None:
         return reference.packed_attention(q, k, v, slots, num_blocks, plan, kind)
     return _PackedAttention.apply(q, k, v, slots, num_blocks, plan, kind)
 

@@ -1,51 +1,58 @@
-// x @ weight.T + bias, each element a dot product of its own: lanes over the inner axis, in order, then summed.
+// x @ weight.T + bias, each element a sum of its own over the inner axis, in order.
 //
-// A BLAS divides the work by the shape of the whole, so a row's bits depend on how many rows there are, and it copies
-// the weight into panels first, which costs more than the product when rows are few. Here both lie as they lie.
+// A BLAS divides the work by the shape of the whole, so a row's bits depend on how many rows there are. Here sixteen
+// columns of the weight are turned into a panel, and rows pass by it, six at a time or one: the same fused additions.
 
 #pragma once
 
 #include "vector.h"
 
-#include <ATen/cpu/vec/functional.h>
-
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
 namespace onpolicy {
 
-constexpr int64_t kRows = 4, kColumns = 3;  // twelve sums in registers
-constexpr int64_t kRowBlock = 64;           // rows that stay in the second-level cache while the weight passes by
+constexpr int64_t kRows = 6;                // times two vectors of columns: twelve sums in registers
+constexpr int64_t kPanel = 2 * kLanes;      // columns
+constexpr int64_t kRowBlock = 32 * kRows;   // rows that stay in the second-level cache while the weight passes by
 
-template <int M, int N>
-void dot_tile(const float* x, const float* w, int64_t depth, const float* bias, float* out, int64_t stride) {
-  Vec acc[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = Vec(0.f);
-  const auto step = [&](int64_t i, int64_t count) {
-    Vec column[N];
-    for (int n = 0; n < N; ++n) column[n] = Vec::loadu(w + n * depth + i, count);
-    for (int m = 0; m < M; ++m) {
-      const Vec row = Vec::loadu(x + m * depth + i, count);
-      for (int n = 0; n < N; ++n) acc[m][n] = at::vec::fmadd(row, column[n], acc[m][n]);
-    }
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= depth; i += kLanes) step(i, kLanes);
-  if (i < depth) step(i, depth - i);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) {
-      const float sum = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, acc[m][n]);
-      out[m * stride + n] = bias ? sum + bias[n] : sum;
-    }
+// Rows w .. w + count of the weight [out, depth] -> [depth][kPanel], zero beyond count.
+inline void pack_panel(const float* w, int64_t count, int64_t depth, float* panel) {
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t n = 0; n < kPanel; n += kLanes) {
+    const bool full = n + kLanes <= count;
+    if (full)
+      for (int64_t d = 0; d < whole; d += kLanes)
+        at::vec::transpose_mxn<float, kLanes, kLanes>(w + n * depth + d, depth, panel + d * kPanel + n, kPanel);
+    for (int64_t d = full ? whole : 0; d < depth; ++d)
+      for (int64_t i = n; i < n + kLanes; ++i) panel[d * kPanel + i] = i < count ? w[i * depth + d] : 0.f;
+  }
 }
 
-template <int N>
-void dot_rows(const float* x, const float* w, int64_t rows, int64_t depth, const float* bias, float* out,
-              int64_t stride) {
-  int64_t m = 0;
-  for (; m + kRows <= rows; m += kRows)
-    dot_tile<kRows, N>(x + m * depth, w, depth, bias, out + m * stride, stride);
-  for (; m < rows; ++m) dot_tile<1, N>(x + m * depth, w, depth, bias, out + m * stride, stride);
+template <int M>
+void multiply_rows(const float* x, const float* panel, int64_t depth, const float* bias, float* out, int64_t stride,
+                   int64_t count) {
+  Register low[M], high[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) low[m] = high[m] = Vec(0.f);
+  for (int64_t d = 0; d < depth; ++d) {
+    const Vec left = Vec::loadu(panel + d * kPanel), right = Vec::loadu(panel + d * kPanel + kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec value(x[m * depth + d]);
+      low[m] = at::vec::fmadd(value, left, Vec(low[m]));
+      high[m] = at::vec::fmadd(value, right, Vec(high[m]));
+    }
+  }
+  float sums[M * kPanel];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    Vec(low[m]).store(sums + m * kPanel);
+    Vec(high[m]).store(sums + m * kPanel + kLanes);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int64_t n = 0; n < count; ++n) out[m * stride + n] = bias ? sums[m * kPanel + n] + bias[n] : sums[m * kPanel + n];
 }
 
 // x [T, in], weight [out, in], bias [out] -> [T, out].
@@ -55,19 +62,28 @@ inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const st
   const float *from = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
   const float* add = bias ? bias->const_data_ptr<float>() : nullptr;
   float* to = out.mutable_data_ptr<float>();
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, panels = (columns + kColumns - 1) / kColumns;
-  const int64_t work = std::min(rows, kRowBlock) * kColumns * depth;
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, panels = (columns + kPanel - 1) / kPanel;
+  const int64_t work = std::min(rows, kRowBlock) * kPanel * depth;
   at::parallel_for(0, blocks * panels, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work)),
                    [&](int64_t begin, int64_t end) {
+    std::vector<float> panel(depth * kPanel);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / panels * kRowBlock, column = item % panels * kColumns;
-      const int64_t count = std::min(kRowBlock, rows - row);
-      const float *a = from + row * depth, *b = w + column * depth, *c = add ? add + column : nullptr;
-      float* o = to + row * columns + column;
-      switch (std::min(kColumns, columns - column)) {
-        case 3: dot_rows<3>(a, b, count, depth, c, o, columns); break;
-        case 2: dot_rows<2>(a, b, count, depth, c, o, columns); break;
-        default: dot_rows<1>(a, b, count, depth, c, o, columns);
+      const int64_t row = item / panels * kRowBlock, column = item % panels * kPanel;
+      const int64_t last = std::min(rows, row + kRowBlock), count = std::min(kPanel, columns - column);
+      pack_panel(w + column * depth, count, depth, panel.data());
+      const float* c = add ? add + column : nullptr;
+      int64_t m = row;
+      for (; m + kRows <= last; m += kRows)
+        multiply_rows<kRows>(from + m * depth, panel.data(), depth, c, to + m * columns + column, columns, count);
+      const auto rest = [&](auto rows) {
+        multiply_rows<rows>(from + m * depth, panel.data(), depth, c, to + m * columns + column, columns, count);
+      };
+      switch (last - m) {
+        case 1: rest(std::integral_constant<int, 1>()); break;
+        case 2: rest(std::integral_constant<int, 2>()); break;
+        case 3: rest(std::integral_constant<int, 3>()); break;
+        case 4: rest(std::integral_constant<int, 4>()); break;
+        case 5: rest(std::integral_constant<int, 5>()); break;
       }
     }
   });

@@ -13,6 +13,13 @@ namespace onpolicy {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 
+// What a Vec holds. An array of these stays in registers, one of Vec is kept in memory.
+#ifdef CPU_CAPABILITY_AVX512
+using Register = __m512;
+#else
+using Register = __m256;
+#endif
+
 inline float sum_lanes(Vec x) {
   float lanes[kLanes];
   x.store(lanes);
