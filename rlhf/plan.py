@@ -49,10 +49,17 @@ class Plan:
             f"weight swap {swap}",
             f"kv cache    {c.rollout.kv_cache_gib} GiB a rank = {self.kv_tokens} tokens, "
             f"pages of {c.rollout.page_size}",
-            f"numerics    {c.rollout.numerics}",
+            f"numerics    {self.numerics}",
             *textwrap.wrap(f"algorithm   {c.algorithm['name']}: {axes}", 120, subsequent_indent=" " * 12),
         ]
         return "\n".join(lines) + "\n"
+
+    @property
+    def numerics(self) -> str:
+        """What ``auto`` comes to."""
+        if self.config.rollout.numerics != "auto":
+            return self.config.rollout.numerics
+        return "exact" if self.config.model.dtype == "float32" and not self.config.cluster.gpus else "fast"
 
     @property
     def kv_tokens(self) -> int:

@@ -64,7 +64,7 @@ def test_heavy_packages_have_one_importer(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_transformers_models_run_nowhere(path: Path) -> None:
-    """transformers gives configs, tokenizers and names; its modelling code is for tests alone."""
+    """transformers gives configs, tokenizers and names; its modelling code is for tests, and for the benches' peers."""
     text = path.read_text()
     assert "AutoModel" not in text and "modeling_" not in text.replace("models.auto.modeling_auto", "")
 

@@ -56,6 +56,6 @@ def test_transformers_models_import_beside_our_kernels() -> None:
 
 
 def test_commands_that_are_not_built_say_so_and_fail() -> None:
-    for command in (["rlhf", "export"], ["rollout_engine", "generate"]):
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, cwd=ROOT)
-        assert done.returncode == 2 and "not built yet" in done.stderr
+    command = [sys.executable, "-m", "rlhf", "export"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2 and "not built yet" in done.stderr

@@ -1,4 +1,4 @@
-// x @ weight.T + bias, each element a sum of its own over the inner axis, in order.
+// x @ weight.T + bias, each element a sum of its own over the inner axis, in order, stretch by stretch.
 //
 // A BLAS divides the work by the shape of the whole, so a row's bits depend on how many rows there are. Here sixteen
 // columns of the weight are turned into a panel, and rows pass by it, six at a time or one: the same fused additions.
@@ -15,6 +15,7 @@ namespace onpolicy {
 
 constexpr int64_t kRows = 6;                // times two vectors of columns: twelve sums in registers
 constexpr int64_t kPanel = 2 * kLanes;      // columns
+constexpr int64_t kStretch = 256;           // of the inner axis, summed by itself: rounding grows with a sum's length
 constexpr int64_t kRowBlock = 32 * kRows;   // rows that stay in the second-level cache while the weight passes by
 
 // Rows w .. w + count of the weight [out, depth] -> [depth][kPanel], zero beyond count.
@@ -33,23 +34,27 @@ inline void pack_panel(const float* w, int64_t count, int64_t depth, float* pane
 template <int M>
 void multiply_rows(const float* x, const float* panel, int64_t depth, const float* bias, float* out, int64_t stride,
                    int64_t count) {
-  Register low[M], high[M];
+  float sums[M * kPanel] = {};
+  for (int64_t begin = 0; begin < depth; begin += kStretch) {
+    const int64_t end = std::min(depth, begin + kStretch);
+    Register low[M], high[M];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) low[m] = high[m] = Vec(0.f);
-  for (int64_t d = 0; d < depth; ++d) {
-    const Vec left = Vec::loadu(panel + d * kPanel), right = Vec::loadu(panel + d * kPanel + kLanes);
+    for (int m = 0; m < M; ++m) low[m] = high[m] = Vec(0.f);
+    for (int64_t d = begin; d < end; ++d) {
+      const Vec left = Vec::loadu(panel + d * kPanel), right = Vec::loadu(panel + d * kPanel + kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec value(x[m * depth + d]);
+        low[m] = at::vec::fmadd(value, left, Vec(low[m]));
+        high[m] = at::vec::fmadd(value, right, Vec(high[m]));
+      }
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const Vec value(x[m * depth + d]);
-      low[m] = at::vec::fmadd(value, left, Vec(low[m]));
-      high[m] = at::vec::fmadd(value, right, Vec(high[m]));
+      float* sum = sums + m * kPanel;
+      (Vec::loadu(sum) + Vec(low[m])).store(sum);
+      (Vec::loadu(sum + kLanes) + Vec(high[m])).store(sum + kLanes);
     }
-  }
-  float sums[M * kPanel];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    Vec(low[m]).store(sums + m * kPanel);
-    Vec(high[m]).store(sums + m * kPanel + kLanes);
   }
   for (int m = 0; m < M; ++m)
     for (int64_t n = 0; n < count; ++n) out[m * stride + n] = bias ? sums[m * kPanel + n] + bias[n] : sums[m * kPanel + n];

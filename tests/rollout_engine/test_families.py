@@ -299,7 +299,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_transformers(name: str, tmp_
 def test_bfloat16_generates(tmp_path: Path) -> None:
     folder = save(random_model(CONFIGS["gemma2"]()).bfloat16(), tmp_path / "model")
     with pytest.raises(ValueError, match="numerics='fast'"):
-        LLM(folder, tokenizer=False, dtype="bfloat16", kv_cache_gib=0.01)
-    llm = LLM(folder, tokenizer=False, dtype="bfloat16", kv_cache_gib=0.01, numerics="fast")
+        LLM(folder, tokenizer=False, dtype="bfloat16", kv_cache_gib=0.01, numerics="exact")
+    llm = LLM(folder, tokenizer=False, dtype="bfloat16", kv_cache_gib=0.01)
     (answer,) = llm.generate([{"prompt_token_ids": token_ids(40)[0]}], SamplingParams(n=2, max_tokens=12))
     assert llm.kv_cache.k.dtype == torch.bfloat16 and all(out.token_ids for out in answer.outputs)
