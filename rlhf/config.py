@@ -119,13 +119,34 @@ class Train(Section):
     tokens_per_microbatch: PositiveInt = 8192
 
 
+class RoleSection(Section):
+    """What a role has otherwise than the policy: keys of ``model`` and ``train``, and ``ranks``. ``path`` None: the
+    weights that the policy starts from."""
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    gradient_checkpointing: bool | None = None
+    lr: NonNegativeFloat | None = None
+    warmup_steps: NonNegativeInt | None = None
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    max_grad_norm: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    betas: tuple[Beta, Beta] | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    tokens_per_microbatch: PositiveInt | None = None
+    ranks: PositiveInt | None = None
+
+
 class Cluster(Section):
     """``threads`` per worker; ``gpus`` of the run; ``ranks`` of each model role, one per GPU by default;
+    ``placement``: rank r of every role on the same device, or each role on devices of its own;
     ``timeout_s`` bounds every call to a role."""
 
     kind: Literal["local", "ray"] = "local"
     gpus: NonNegativeInt = 0
     ranks: PositiveInt | None = None
+    placement: Literal["colocated", "separate"] = "colocated"
     threads: PositiveInt = 2
     timeout_s: PositiveFloat = 1800
     start_timeout_s: PositiveFloat = 300
@@ -163,10 +184,23 @@ class Config(Section):
     rollout: Rollout
     algorithm: dict[str, Any]
     train: Train
+    critic: RoleSection = RoleSection()
+    reference: RoleSection = RoleSection()
     cluster: Cluster = Cluster()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
+
+    def of_role(self, role: str) -> tuple[ModelSection, Train, int]:
+        """Model, training and number of ranks of ``policy``, ``critic`` or ``reference``; where its section says
+        nothing, the policy's, but for ``model.path``, which is then None."""
+        if role == "policy":
+            return self.model, self.train, self.cluster.num_ranks
+        section: RoleSection = getattr(self, role)
+        own = {key: value for key, value in section.model_dump().items() if value is not None}
+        model = self.model.model_copy(update={key: own[key] for key in own if key in ModelSection.model_fields})
+        train = self.train.model_copy(update={key: own[key] for key in own if key in Train.model_fields})
+        return model.model_copy(update={"path": section.path}), train, section.ranks or self.cluster.num_ranks
 
     def make_algorithm(self) -> algorithms.Algorithm:
         """The algorithm with its hyper-parameters. Raises ValueError for an unknown one or a bad value."""

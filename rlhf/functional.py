@@ -56,6 +56,49 @@ def sums_to_go(values: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return torch.cat([part.flip(0).cumsum(0).flip(0) for part in values.split(lengths)])
 
 
+def discounted_sums_to_go(values: Tensor, lengths: tuple[int, ...], discount: float) -> Tensor:
+    """Each token's value plus ``discount`` times its successor's sum, within its sequence: [T] -> [T].
+
+    A reverse scan by doubling: after k rounds a sum reaches 2^k tokens ahead, so log2(longest) rounds over all
+    sequences at once (Hillis and Steele 1986). ``discount`` in [0, 1].
+    """
+    ahead = torch.cat([torch.arange(n, 0, -1) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.int64)
+    result, reach, factor = values.clone(), 1, discount
+    while reach < max(lengths, default=0):
+        shifted = torch.zeros_like(result)
+        shifted[:-reach] = result[reach:]
+        result = result + factor * torch.where(ahead > reach, shifted, 0)
+        reach, factor = 2 * reach, factor * factor
+    return result
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: tuple[int, ...], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (Schulman et al. 2015, arXiv 1506.02438, eq. 16), and the returns they imply.
+
+    rewards and values [N] of every decision, sequences of ``lengths`` decisions end to end; ``values[t]`` is of the
+    state before decision t, and after a sequence's last one it is 0. delta_t = r_t + gamma V_{t+1} - V_t, A_t is the
+    sum over l of (gamma lam)^l delta_{t+l}. Returns (advantages [N], A + V [N]).
+    """
+    following = torch.cat([torch.cat((part[1:], part.new_zeros(min(1, len(part))))) for part in values.split(lengths)])
+    advantages = discounted_sums_to_go(rewards + gamma * following - values, lengths, gamma * lam)
+    return advantages, advantages + values
+
+
+def whitened(values: Tensor, eps: float = 1e-8) -> Tensor:
+    """Values [N] less their mean, over their standard deviation (n - 1, as ``torch.std``); of one value, 0."""
+    wide = values.double()
+    centred = wide - wide.mean()
+    deviation = (centred.square().sum() / max(1, len(values) - 1)).sqrt()
+    return (centred / (deviation + eps)).to(values.dtype)
+
+
+def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
+    """PPO's adaptive penalty (Schulman et al. 2017, sec. 4): doubled above 1.5 x target, halved below target / 1.5."""
+    if kl > 1.5 * target:
+        return 2 * coef
+    return coef / 2 if kl < target / 1.5 else coef
+
+
 # ---------------------------------------------------------------- policy losses
 
 
@@ -128,6 +171,25 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         return log_ratio * log_ratio / 2
     assert estimator == "k3", estimator
     return torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 would cancel where the policies are close
+
+
+# ---------------------------------------------------------------- value loss
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the critic, at least that of its value held within ``clip`` of the old one.
+
+    All [R]. PPO2's form (Engstrom et al. 2020, arXiv 2005.12729, sec. 2). Returns (loss [R], clipped [R] bool: the
+    clip took the gradient away).
+    """
+    error = (values - returns).square()
+    if clip is None:
+        return error / 2, torch.zeros_like(values, dtype=torch.bool)
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    held_error = (held - returns).square()
+    return torch.maximum(error, held_error) / 2, held_error > error
 
 
 # ---------------------------------------------------------------- loss weights

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from rlhf.types import Trajectory, WeightUpdate
+from rlhf.algorithms import Algorithm
+from rlhf.types import Batch, Trajectory, WeightUpdate
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -48,13 +49,32 @@ def _problems(trajectories: Sequence[Trajectory], kind: str) -> int:
     return sum(t.problem is not None and t.problem.kind == kind for t in trajectories)
 
 
+def batch_metrics(batch: Batch, algorithm: Algorithm) -> dict[str, float]:
+    """What the batch says once its columns are filled, over the trained tokens."""
+    trained = batch.loss_mask
+    metrics: dict[str, float] = {}
+    if batch.ref_logprobs is not None:
+        metrics["rollout/kl_coef"] = algorithm.kl_coef
+    if batch.values is not None:
+        returns, values = batch.column("returns")[trained].double(), batch.values[trained].double()
+        unexplained = float((returns - values).var() / returns.var().clamp(min=1e-12))
+        metrics["critic/explained_variance"] = 1 - unexplained
+        metrics["critic/return"] = float(returns.mean())
+    return metrics
+
+
+def merged(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Metrics of several roles as one."""
+    return {name: value for one in metrics for name, value in one.items()}
+
+
 def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Metrics of a step with several updates: their means.
 
     The sampler's gap to the trainer is the first update's: after it the weights are no longer the sampler's.
     """
-    merged = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    return {**merged, **{name: value for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}}
+    means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    return {**means, **{name: value for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}}
 
 
 def swap_metrics(swap: WeightUpdate) -> dict[str, float]:

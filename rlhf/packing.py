@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,23 +106,39 @@ def forward_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Te
 
     Returns (index [R] of the scored tokens in the batch, log-probs [R], entropies [R]), on the model's device.
     """
+    scored, inputs = _inputs(model, batch)
+    targets, heat = batch.tokens[scored].to(scored.device), batch.temperature[scored].to(scored.device)
+    logprobs, entropy = model(*inputs, targets, heat)
+    return scored, logprobs, entropy
+
+
+def forward_values(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The scalar decoder's number before each trained token: (index [R] of those in the batch, values [R])."""
+    scored, inputs = _inputs(model, batch)
+    return scored, model(*inputs)
+
+
+def _inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, tuple[Tensor, PackedAttention, Tensor]]:
+    """Index [R] of the trained tokens, and what a model reads: tokens [P], their context, and the rows [R] that stand
+    before the trained ones."""
     device = next(model.parameters()).device
     shared = SharedPrefixes.of(batch)
     (scored,) = torch.nonzero(batch.loss_mask, as_tuple=True)
     rows = shared.row_of[scored - 1].to(device)
-    targets, heat = batch.tokens[scored].to(device), batch.temperature[scored].to(device)
     ctx = PackedAttention.from_lengths(shared.lengths, device, num_own=shared.num_own, source=shared.source)
-    logprobs, entropy = model(shared.tokens.to(device), ctx, rows, targets, heat)
-    return scored.to(device), logprobs, entropy
+    return scored.to(device), (shared.tokens.to(device), ctx, rows)
 
 
 @torch.no_grad()
-def score_tokens(model: nn.Module, microbatches: Iterable[Batch]) -> Tensor:
-    """Log-probs [T] fp32 of the trained tokens of all micro-batches, 0 elsewhere; on the CPU."""
+def score_tokens(
+    forward: Callable[[nn.Module, Batch], tuple[Tensor, ...]], model: nn.Module, microbatches: Iterable[Batch]
+) -> Tensor:
+    """The first column that ``forward`` gives of the trained tokens of all micro-batches: [T] fp32, 0 elsewhere, on
+    the CPU."""
     parts = []
     for micro in microbatches:
         column = torch.zeros(micro.num_tokens)
-        scored, logprobs, _ = forward_logprobs(model, micro)
-        column[scored.cpu()] = logprobs.cpu()
+        scored, found, *_ = forward(model, micro)
+        column[scored.cpu()] = found.cpu()
         parts.append(column)
     return torch.cat(parts)

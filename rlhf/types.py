@@ -108,7 +108,10 @@ class Trajectory:
 _FILLED_BY = {
     "old_logprobs": "Policy.score (needed when updates_per_rollout > 1)",
     "ref_logprobs": "Reference.score (needed when kl_coef > 0)",
+    "values": "Critic.score (needed by algorithms with a critic)",
     "advantages": "the algorithm's advantages()",
+    "returns": "the advantages() of an algorithm with a critic",
+    "kl_weights": "the algorithm's minibatches() (needed when kl_in is loss)",
     "loss_weights": "the algorithm's minibatches()",
 }
 
@@ -126,8 +129,11 @@ class Batch:
     rewards: Tensor  # [S] fp32
     old_logprobs: Tensor | None = None  # [T] fp32
     ref_logprobs: Tensor | None = None  # [T] fp32
+    values: Tensor | None = None  # [T] fp32, expected return before the token
     advantages: Tensor | None = None  # [T] fp32
+    returns: Tensor | None = None  # [T] fp32, what the critic should have said
     loss_weights: Tensor | None = None  # [T] fp32, sums of weight * loss are the loss, however the batch is split
+    kl_weights: Tensor | None = None  # [T] fp32, the same for the KL in the loss: loss weight x coefficient
 
     def column(self, name: str) -> Tensor:
         """A column that must be there. Raises ValueError naming who should have filled it."""

@@ -27,7 +27,21 @@ class Algorithm(Protocol):
         """Scoring roles beside the policy, in the order they run."""
 
     @property
-    def updates_per_rollout(self) -> int: ...
+    def kl_coef(self) -> float: ...
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps per pass over a rollout batch."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def is_on_policy(self) -> bool:
+        """One optimizer step per rollout: there are no old log-probs but the sampler's own."""
+
+    def learners(self, step: int) -> tuple[str, ...]:
+        """Roles that take every optimizer step of the rollout of ``step`` (from 1)."""
 
     @property
     def mask_truncated(self) -> bool:
@@ -38,7 +52,10 @@ class Algorithm(Protocol):
         """Answers to a prompt below which all advantages would be 0."""
 
     def advantages(self, batch: Batch) -> Batch:
-        """Fill ``advantages``, over the whole rollout batch."""
+        """Fill ``advantages``, and ``returns`` where there is a critic, over the whole rollout batch."""
+
+    def adapted(self, batch: Batch) -> Algorithm:
+        """The algorithm for the next step: this one, but for what it tunes by itself (the KL coefficient)."""
 
     def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
         """One batch per optimizer step, with ``loss_weights``."""

@@ -7,7 +7,8 @@ section and can be set under any preset; what contradicts itself is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field
@@ -38,13 +39,16 @@ class PolicyGradient:
     REINFORCE (``functional.clipped_weight_loss``), to [1 - clip_low, 1 + clip_high]; ``none``: ratio x advantage.
     dual_clip: bound on the loss of bad tokens, only with ``ppo``.
     aggregation: what a token weighs (``functional.token_weights``).
+    entropy_coef: weight of the entropy, which is subtracted from the loss.
     kl_coef: weight of the KL to the frozen reference; 0 runs without one. kl_estimator:
     ``functional.kl_estimate``. kl_in: a term of the ``loss``, with gradient, or a penalty on each token's
     ``reward``, of the policy that sampled (beware: divided by their deviation, answers of equal reward are
     then told apart by their penalties alone, however small kl_coef is).
+    kl_target: mean KL per token (nats) that kl_coef is adapted to after each step (``functional.adapted_kl_coef``);
+    None: it stays.
     tis_clip: multiply the policy loss by the importance of trainer over sampler, at most this
     (``functional.truncated_importance``); None: the two agree.
-    updates_per_rollout: optimizer steps per batch of samples.
+    updates_per_rollout: optimizer steps per pass over a batch of samples. epochs: passes.
     truncated: ``mask`` keeps cut-off answers out of the loss (they stay in the baseline over answers).
     """
 
@@ -55,11 +59,14 @@ class PolicyGradient:
     clip_high: ClipHigh = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     aggregation: Aggregation = "token_mean"
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    kl_target: Annotated[float, Field(gt=0)] | None = None
     kl_estimator: KLEstimator = "k3"
     kl_in: KLPlace = "loss"
     tis_clip: Annotated[float, Field(gt=0)] | None = None
     updates_per_rollout: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=1)] = 1
     truncated: Literal["score", "mask"] = "score"
 
     def __post_init__(self) -> None:
@@ -86,6 +93,14 @@ class PolicyGradient:
         return ("reference",) if self.kl_coef > 0 else ()
 
     @property
+    def is_on_policy(self) -> bool:
+        """One optimizer step per rollout: the policy that is trained is the one that sampled."""
+        return self.epochs * self.updates_per_rollout == 1
+
+    def learners(self, step: int) -> tuple[str, ...]:
+        return ("policy",)
+
+    @property
     def mask_truncated(self) -> bool:
         return self.truncated == "mask"
 
@@ -93,19 +108,38 @@ class PolicyGradient:
         """What each token costs in reward, [T] fp64: kl_coef x the estimate under the policy that sampled it."""
         if self.kl_coef == 0 or self.kl_in == "loss":
             return torch.zeros(batch.num_tokens, dtype=torch.float64)
-        sampled = batch.rollout_logprobs if self.updates_per_rollout == 1 else batch.column("old_logprobs")
+        sampled = batch.rollout_logprobs if self.is_on_policy else batch.column("old_logprobs")
         kl = functional.kl_estimate(sampled.double(), batch.column("ref_logprobs").double(), self.kl_estimator)
         return self.kl_coef * kl * batch.loss_mask
 
+    def mean_kl(self, batch: Batch) -> float:
+        """Estimate of the KL per trained token, in nats, of the policy that sampled."""
+        trained = batch.loss_mask
+        sampled, reference = batch.rollout_logprobs[trained].double(), batch.column("ref_logprobs")[trained].double()
+        return float(functional.kl_estimate(sampled, reference, self.kl_estimator).mean())
+
+    def adapted(self, batch: Batch) -> Self:
+        if self.kl_target is None or self.kl_coef == 0 or not batch.loss_mask.any():
+            return self
+        return replace(self, kl_coef=functional.adapted_kl_coef(self.kl_coef, self.mean_kl(batch), self.kl_target))
+
     def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
-        """Sequence i goes to step i mod ``updates_per_rollout``, which spreads a group over the steps."""
-        for first in range(self.updates_per_rollout):
-            sequences = range(first, batch.num_sequences, self.updates_per_rollout)
-            if not sequences:  # fewer answers were judged than there are steps
-                return
-            part = batch.select(sequences)
-            weights = functional.token_weights(part.loss_mask, part.lengths, self.aggregation, max_tokens)
-            yield part.replace(loss_weights=weights)
+        """Sequence i goes to step i mod ``updates_per_rollout``, which spreads a group over the steps; further epochs
+        divide the sequences anew, the same way in every run."""
+        for epoch in range(self.epochs):
+            order = torch.arange(batch.num_sequences)
+            if epoch:
+                order = torch.randperm(batch.num_sequences, generator=torch.Generator().manual_seed(epoch))
+            for first in range(min(self.updates_per_rollout, batch.num_sequences)):  # some may not have been judged
+                yield self.weighed(batch.select(sorted(order[first :: self.updates_per_rollout].tolist())), max_tokens)
+
+    def weighed(self, minibatch: Batch, max_tokens: int) -> Batch:
+        """What each token counts in the losses of one optimizer step."""
+        weights = functional.token_weights(minibatch.loss_mask, minibatch.lengths, self.aggregation, max_tokens)
+        minibatch = minibatch.replace(loss_weights=weights)
+        if self.kl_coef > 0 and self.kl_in == "loss":
+            minibatch = minibatch.replace(kl_weights=self.kl_coef * weights)
+        return minibatch
 
     def policy_loss(
         self, logprobs: Tensor, entropy: Tensor, batch: Batch, scored: Tensor
@@ -114,7 +148,7 @@ class PolicyGradient:
             return batch.column(name).to(logprobs.device)[scored]
 
         # With one step per rollout the sampling policy is the current one: the ratio is 1, only its gradient counts.
-        old = logprobs.detach() if self.updates_per_rollout == 1 else column("old_logprobs")
+        old = logprobs.detach() if self.is_on_policy else column("old_logprobs")
         if self.ratio == "sequence":
             counts = tuple(int(part.sum()) for part in batch.loss_mask.split(batch.lengths))
             ratio = functional.sequence_ratio(logprobs, old, counts)
@@ -129,9 +163,10 @@ class PolicyGradient:
         if self.kl_coef > 0:
             kl = functional.kl_estimate(logprobs, column("ref_logprobs"), self.kl_estimator)
             diagnostics["kl"] = kl.detach()
-            if self.kl_in == "loss":
-                loss = loss + self.kl_coef * kl
-        return (column("loss_weights") * loss).sum(), diagnostics
+        total = (column("loss_weights") * (loss - self.entropy_coef * entropy)).sum()
+        if self.kl_coef > 0 and self.kl_in == "loss":
+            total = total + (column("kl_weights") * kl).sum()
+        return total, diagnostics
 
     def _clip(self, ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [R], and where a clip acted [R] bool."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from kernels.device import default_device
 from rlhf.config import ModelSection, Train
 from rlhf.division import divide_batch, over_ranks
-from rlhf.packing import score_tokens
+from rlhf.packing import forward_logprobs, score_tokens
 from rlhf.types import Batch
 from rollout_engine.models.checkpoint import load_model
 
@@ -22,4 +22,4 @@ class Reference:
     def score(self, batch: Batch) -> Batch:
         """Fill ``ref_logprobs``."""
         microbatches = batch.microbatches(self.tokens_per_microbatch)
-        return batch.replace(ref_logprobs=score_tokens(self.decoder, microbatches))
+        return batch.replace(ref_logprobs=score_tokens(forward_logprobs, self.decoder, microbatches))

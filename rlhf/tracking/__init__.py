@@ -33,7 +33,7 @@ class Tracker:
             self._wandb = WandbTracker(config, run.path)
 
     @contextmanager
-    def phase(self, step: int, name: str, times: dict[str, float]) -> Iterator[None]:
+    def phase(self, step: int, times: dict[str, float], name: str) -> Iterator[None]:
         """Show what is going on, and add its seconds to ``times``."""
         self.console.phase(step, self.config.run.steps, name)
         begin = time.perf_counter()

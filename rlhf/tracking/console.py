@@ -46,13 +46,16 @@ def step_line(row: dict[str, Any], steps: int) -> str:
     parts.append(f"| len {row['length/mean']:.0f} cut {row['length/truncated']:.0%} |")
     if "policy/kl" in row:
         parts.append(f"kl {_short(row['policy/kl'])}")
-    parts.append(f"ent {_short(row['policy/entropy'])} clip {row['policy/clip_fraction']:.1%}")
-    parts.append(f"gap {_short(row['rollout/logprob_gap_max'])}")
+    if "policy/entropy" in row:  # not while a critic warms up alone
+        parts.append(f"ent {_short(row['policy/entropy'])} clip {row['policy/clip_fraction']:.1%}")
+        parts.append(f"gap {_short(row['rollout/logprob_gap_max'])}")
+    if "critic/explained_variance" in row:
+        parts.append(f"critic {row['critic/explained_variance']:.0%}")
     if row.get("policy/skipped_updates"):
         parts.append(f"SKIPPED {row['policy/skipped_updates']:.0f} updates")
     if failed := row.get("reward/errors", 0) + row.get("reward/timeouts", 0):
         parts.append(f"REWARD FAILED on {failed:.0f} answers")
-    times = " ".join(f"{name} {row[f'time/{name}']:.1f}" for name in ("generate", "reward", "train", "swap"))
+    times = " ".join(f"{name} {row[f'time/{name}']:.1f}" for name in ("generate", "reward", "score", "train", "swap"))
     parts.append(f"| {times.replace('generate', 'gen')} = {row['time/step']:.1f} s")
     parts.append(f"| {_count(row['throughput/tokens_per_s'])} tok/s | ETA {clock(row['time/eta'])}")
     return "  ".join(parts)

@@ -4,6 +4,7 @@ The load is RL-shaped: groups of samples with skewed, prescribed lengths (``load
 is a request of its own (``n=1``), since that is how both engines give each its own length; equal prompts still share
 their full pages. transformers runs at the best of the given page sizes and thread counts, each tried once; then
 everybody takes turns, ``--repeats`` times, and medians are compared. Only useful tokens count: up to a sample's length.
+Continuous against static batching is also measured on lengths with a longer tail.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
     middle = sorted(steps, key=lambda s: s.total)[len(steps) // 2]
     own = statistics.median(rate(s.total) for s in steps)
     limit = rate(at(our_threads, ours.matmul_seconds, model, middle))
+    skewed = Load.skewed(model.decoder.config.vocab_size, prompts=args.prompts, samples=args.samples, mean=args.mean)
+    skewed_turns = [
+        [at(our_threads, serve, llm, skewed).total for serve in (ours.continuous, ours.static)]
+        for _ in range(args.repeats)
+    ]
     rates = {
         "onpolicy": own,
         "onpolicy, static batch": statistics.median(static),
@@ -115,6 +121,12 @@ def bench(size: str, args: argparse.Namespace) -> dict[str, Any]:
             "transformers, padded": {"threads": padded_threads},
         },
         "tried": [{"threads": n, "page_size": p, "tokens_per_s": rate(seconds)} for (n, p), seconds in trials.items()],
+        "skewed": {
+            "useful_tokens": skewed.useful_tokens,
+            "longest": skewed.longest,
+            "tokens_per_s": skewed.useful_tokens / statistics.median(turn[0] for turn in skewed_turns),
+            "static_ratio": statistics.median(static / own for own, static in skewed_turns),
+        },
         "share_outside_layers": 1 - sum(middle.layers) / middle.total,
         "by_live_rows": ours.by_rows(middle),
     }
@@ -138,6 +150,11 @@ def table(size: str, found: dict[str, Any]) -> str:
         ratio = f"{found['ratio'][name]:.2f} x" if name in found["ratio"] else ""
         setting = ", ".join(f"{k} {v}" for k, v in found["settings"].get(name, {}).items())
         lines.append(f"  {name:<28}{value:>10.0f}{ratio:>14}  {setting}")
+    skewed = found["skewed"]
+    lines.append(
+        f"  exponential lengths up to {skewed['longest']}: {skewed['tokens_per_s']:.0f} tokens/s, "
+        f"{skewed['static_ratio']:.2f} x a static batch"
+    )
     lines.append(f"  outside the layers (head, sampling, scheduling): {found['share_outside_layers']:.0%} of the time")
     lines.append(f"  {'live rows':<12}{'steps':>6}{'ms/step':>10}{'tokens/s':>10}")
     for row in found["by_live_rows"]:

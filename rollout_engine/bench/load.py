@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,14 +36,22 @@ class Load:
         cls, vocab: int, *, prompts: int, samples: int, mean: int, cap: int, sigma: float = 0.8, seed: int = 0
     ) -> Load:
         """Prompts of 20 to 90 random tokens; log-normal lengths with the given mean before the cap, in tokens."""
-        rng = random.Random(seed)
         mu = math.log(mean) - sigma**2 / 2
+        return cls._draw(vocab, prompts, samples, cap, seed, lambda rng: rng.lognormvariate(mu, sigma))
+
+    @classmethod
+    def skewed(cls, vocab: int, *, prompts: int, samples: int, mean: int, seed: int = 0) -> Load:
+        """The same prompts with exponential lengths, capped at 16 times the mean: what static batching suffers from."""
+        return cls._draw(vocab, prompts, samples, 16 * mean, seed, lambda rng: rng.expovariate(1 / mean))
+
+    @classmethod
+    def _draw(
+        cls, vocab: int, prompts: int, samples: int, cap: int, seed: int, length: Callable[[random.Random], float]
+    ) -> Load:
+        rng = random.Random(seed)
         return cls(
             tuple(tuple(rng.randrange(1, vocab) for _ in range(rng.randint(20, 90))) for _ in range(prompts)),
-            tuple(
-                tuple(min(cap, max(1, round(rng.lognormvariate(mu, sigma)))) for _ in range(samples))
-                for _ in range(prompts)
-            ),
+            tuple(tuple(min(cap, max(1, round(length(rng)))) for _ in range(samples)) for _ in range(prompts)),
         )
 
     def requests(self) -> list[tuple[tuple[int, ...], int]]:
@@ -71,7 +79,7 @@ def random_model(size: str) -> Model:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         tie_word_embeddings=True,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
     )
     decoder = Decoder(qwen3.decoder_config(config), vocab)
     decoder.init_weights(0)

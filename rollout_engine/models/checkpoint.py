@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rollout_engine.models import family
 from rollout_engine.models.config import NameMap
-from rollout_engine.models.decoder import Decoder
+from rollout_engine.models.decoder import Backbone, Decoder, ScalarDecoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -37,6 +37,15 @@ class Model:
     hf_config: Any  # transformers PretrainedConfig
     tokenizer: Any | None  # transformers tokenizer; None when the caller works on token ids alone
     eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScalarModel:
+    """A critic or a reward model."""
+
+    decoder: ScalarDecoder
+    hf_config: Any
+    tokenizer: Any
 
 
 def resolve(path: str | Path, revision: str = "main") -> Path:
@@ -103,17 +112,53 @@ def load_model(
 
     Raises ValueError for an unsupported family, a missing tokenizer, and missing, misshapen or truncated tensors.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {sorted(DTYPES)}")
-    folder = resolve(path, revision)
-    hf_config = load_hf_config(folder)
-    module = family(hf_config)
-    tok = load_tokenizer(folder) if tokenizer else None
-    config = module.decoder_config(hf_config)
-    with torch.device(device), default_dtype(DTYPES[dtype]):
-        decoder = Decoder(config, num_tokens=len(tok) if tok else config.vocab_size)
-    _read_weights(decoder, folder, module.name_map(config))
+    with default_dtype(_dtype(dtype)):
+        folder = resolve(path, revision)
+        hf_config = load_hf_config(folder)
+        tok = load_tokenizer(folder) if tokenizer else None
+        config = family(hf_config).decoder_config(hf_config)
+        with torch.device(device):
+            decoder = Decoder(config, num_tokens=len(tok) if tok else config.vocab_size)
+    _read_weights(decoder, folder, name_map(decoder, hf_config))
     return Model(decoder, hf_config, tok, _eos_ids(folder, hf_config, tok))
+
+
+def load_scalar_model(
+    path: str | Path, *, revision: str = "main", dtype: str = "float32", device: torch.device | str = "cpu"
+) -> ScalarModel:
+    """Load a checkpoint with a scalar head (``score.weight``, as transformers' sequence classifiers of one label have
+    it), or of a language model, whose vocabulary head gives way to one of zeros. Raises ValueError as
+    :func:`load_model`."""
+    with default_dtype(_dtype(dtype)):
+        folder = resolve(path, revision)
+        hf_config = load_hf_config(folder)
+        with torch.device(device):
+            decoder = ScalarDecoder(family(hf_config).decoder_config(hf_config))
+    names = name_map(decoder, hf_config)
+    if not has_scalar_head(folder):
+        del names["score.weight"]
+    _read_weights(decoder, folder, names)
+    return ScalarModel(decoder, hf_config, load_tokenizer(folder))
+
+
+def has_scalar_head(folder: Path) -> bool:
+    """Whether a checkpoint is a reward model's or a critic's. Raises ValueError for missing or damaged files."""
+    return "score.weight" in open_weights(folder, {})
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; choose one of {sorted(DTYPES)}")
+    return DTYPES[name]
+
+
+def name_map(decoder: Backbone, hf_config: Any) -> NameMap:
+    """The family's, with the head that the decoder has."""
+    names = family(hf_config).name_map(decoder.config)
+    if isinstance(decoder, ScalarDecoder):
+        names = {ours: parts for ours, parts in names.items() if ours != "head.weight"}
+        names["score.weight"] = ("score.weight",)
+    return names
 
 
 @contextmanager
@@ -169,7 +214,7 @@ def open_weights(folder: Path, names: NameMap) -> dict[str, Any]:
     return tensors
 
 
-def _read_weights(decoder: Decoder, folder: Path, names: NameMap) -> None:
+def _read_weights(decoder: Backbone, folder: Path, names: NameMap) -> None:
     tensors = open_weights(folder, names)
     with torch.no_grad():
         for ours, parts in names.items():
@@ -183,7 +228,7 @@ def _read_weights(decoder: Decoder, folder: Path, names: NameMap) -> None:
                 target.copy_(tensors[part][:])
 
 
-def part_rows(decoder: Decoder, ours: str, parts: tuple[str, ...]) -> list[int]:
+def part_rows(decoder: Backbone, ours: str, parts: tuple[str, ...]) -> list[int]:
     """Rows of each checkpoint tensor that our parameter is made of."""
     if len(parts) == 1:
         return [decoder.get_parameter(ours).shape[0]]
@@ -192,17 +237,17 @@ def part_rows(decoder: Decoder, ours: str, parts: tuple[str, ...]) -> list[int]:
     return {"qkv_proj": [q, kv, kv], "gate_up_proj": [config.intermediate_size] * 2}[ours.split(".")[-2]]
 
 
-def export_tensors(decoder: Decoder, hf_config: Any) -> dict[str, Tensor]:
+def export_tensors(decoder: Backbone, hf_config: Any) -> dict[str, Tensor]:
     """The decoder's parameters under their checkpoint names, on the CPU."""
     tensors: dict[str, Tensor] = {}
-    for ours, parts in family(hf_config).name_map(decoder.config).items():
+    for ours, parts in name_map(decoder, hf_config).items():
         value = decoder.get_parameter(ours).detach().cpu()
         for part, piece in zip(parts, value.split(part_rows(decoder, ours, parts)), strict=True):
             tensors[part] = piece.clone()
     return tensors
 
 
-def save_model(model: Model, folder: str | Path) -> None:
+def save_model(model: Model | ScalarModel, folder: str | Path) -> None:
     """Write a checkpoint that transformers loads. Atomic: the folder appears whole or not at all.
 
     Raises ValueError if the folder exists.
@@ -225,17 +270,25 @@ def save_model(model: Model, folder: str | Path) -> None:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     hf_config = type(model.hf_config).from_dict(model.hf_config.to_dict())
-    hf_config.architectures = [architecture(model.hf_config)]
+    if isinstance(model, ScalarModel):
+        hf_config.num_labels = 1
+        hf_config.architectures = [architecture(model.hf_config, scalar=True)]
+    else:
+        hf_config.architectures = [architecture(model.hf_config)]
+        (tmp / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.eos_ids)}))
     hf_config.dtype = model.decoder.norm.weight.dtype
     hf_config.save_pretrained(tmp)
-    (tmp / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.eos_ids)}))
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(tmp)
     tmp.rename(folder)
 
 
-def architecture(hf_config: Any) -> str:
-    """Class name under which transformers loads this config as a causal LM."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def architecture(hf_config: Any, *, scalar: bool = False) -> str:
+    """Class name under which transformers loads this config as a causal LM, or as a sequence classifier."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]
+    names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if scalar else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return names[hf_config.model_type]

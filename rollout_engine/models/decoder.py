@@ -132,28 +132,15 @@ class LogProbHead(nn.Module):
         return token_logprobs(hidden, self.weight, targets, temperature, self.num_tokens, self.softcap)
 
 
-class Decoder(nn.Module):
-    """Pre-norm rotary decoder with grouped-query attention and a gated MLP.
+class Backbone(nn.Module):
+    """Pre-norm rotary transformer with grouped-query attention and a gated MLP, up to the final norm."""
 
-    Args:
-        config: sizes and switches.
-        num_tokens: ids that may be sampled, at most ``config.vocab_size``.
-    """
-
-    def __init__(self, config: DecoderConfig, num_tokens: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        if not 0 < num_tokens <= config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {num_tokens} tokens but the model embeds {config.vocab_size}; "
-                "use the tokenizer that belongs to the checkpoint"
-            )
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
-        self.head = LogProbHead(config, num_tokens)
-        if config.tie_embeddings:
-            self.head.weight = self.embed_tokens.weight
         self.gradient_checkpointing = False  # recompute each layer in the backward instead of keeping its activations
 
     def hidden(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
@@ -173,12 +160,6 @@ class Decoder(nn.Module):
         normed, _ = self.norm.add(x, residual)
         return normed
 
-    def forward(
-        self, token_ids: Tensor, ctx: AttentionContext, rows: Tensor, targets: Tensor, temperature: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Score ``targets`` [R] predicted at ``rows`` [R] of token_ids [T]: log-prob and entropy, fp32 [R]."""
-        return self.head(self.hidden(token_ids, ctx)[rows], targets, temperature)
-
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Normal(0, std) matrices, zero biases, unit norms: the usual start of a model from scratch."""
@@ -191,3 +172,42 @@ class Decoder(nn.Module):
                 parameter.zero_()
             elif parameter.dim() > 1:
                 parameter.normal_(0, std, generator=generator)
+
+
+class Decoder(Backbone):
+    """The language model: a backbone and a vocabulary head.
+
+    Args:
+        config: sizes and switches.
+        num_tokens: ids that may be sampled, at most ``config.vocab_size``.
+    """
+
+    def __init__(self, config: DecoderConfig, num_tokens: int) -> None:
+        super().__init__(config)
+        if not 0 < num_tokens <= config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {num_tokens} tokens but the model embeds {config.vocab_size}; "
+                "use the tokenizer that belongs to the checkpoint"
+            )
+        self.head = LogProbHead(config, num_tokens)
+        if config.tie_embeddings:
+            self.head.weight = self.embed_tokens.weight
+
+    def forward(
+        self, token_ids: Tensor, ctx: AttentionContext, rows: Tensor, targets: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score ``targets`` [R] predicted at ``rows`` [R] of token_ids [T]: log-prob and entropy, fp32 [R]."""
+        return self.head(self.hidden(token_ids, ctx)[rows], targets, temperature)
+
+
+class ScalarDecoder(Backbone):
+    """A backbone and a head of one number per token: critics and reward models. The head starts at 0."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.score = Linear(config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, token_ids: Tensor, ctx: AttentionContext, rows: Tensor) -> Tensor:
+        """The number at ``rows`` [R] of token_ids [T], fp32 [R]."""
+        return linear(self.hidden(token_ids, ctx)[rows].float(), self.score.weight.float(), None)[:, 0]

@@ -147,7 +147,7 @@ def test_a_non_finite_gradient_is_skipped_and_its_batch_kept(
     assert metrics["policy/skipped_updates"] == 1
     assert not math.isfinite(metrics["policy/grad_norm"])
     assert all(torch.equal(p, before[name]) for name, p in weights(policy).items())
-    kept = torch.load(tmp_path / "skipped-update-1-rank-0.pt", weights_only=False)
+    kept = torch.load(tmp_path / "skipped-policy-update-1-rank-0.pt", weights_only=False)
     assert torch.equal(kept.tokens, batch.tokens)
     assert not policy.publish().changed  # nothing moved, so the version stays and generating goes on
     again = rollout(policy)

@@ -20,7 +20,7 @@ from test_deepspeed_contract import distance, true_gradients
 from rlhf.algorithms.grpo import GRPO
 from rlhf.cluster.worker import free_port
 from rlhf.division import balanced, divide_batch, divide_prompts
-from rlhf.packing import score_tokens
+from rlhf.packing import forward_logprobs, score_tokens
 from rlhf.types import Batch, Prompt
 from rollout_engine import SamplingParams
 from rollout_engine.models.checkpoint import load_model
@@ -46,7 +46,7 @@ def random_batch(checkpoint: Path, lengths: list[int]) -> Batch:
         rewards=torch.rand(len(lengths), generator=generator),
     )
     decoder = load_model(checkpoint, tokenizer=False).decoder
-    batch = batch.replace(rollout_logprobs=score_tokens(decoder, [batch]))
+    batch = batch.replace(rollout_logprobs=score_tokens(forward_logprobs, decoder, [batch]))
     algorithm = GRPO()
     return next(algorithm.minibatches(algorithm.advantages(batch), 24))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import philox_uniform, sample_tokens
-from rlhf.packing import pack, score_tokens
+from rlhf.packing import forward_logprobs, pack, score_tokens
 from rlhf.roles.policy import Policy
 from rlhf.types import Batch, Completion, Prompt, Score, Trajectory
 from rollout_engine import SamplingParams
@@ -57,7 +57,7 @@ def rollout(policy: Policy, first_sample_id: int = 0) -> Batch:
 
 def gap(policy: Policy, batch: Batch) -> float:
     """Largest difference between the sampler's log-probs and the trainer's packed forward."""
-    scored = score_tokens(policy.backend.engine, batch.microbatches(200))
+    scored = score_tokens(forward_logprobs, policy.backend.engine, batch.microbatches(200))
     assert int(batch.loss_mask.sum()) > 100
     return (scored - batch.rollout_logprobs)[batch.loss_mask].abs().max().item()
 

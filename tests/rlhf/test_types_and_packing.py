@@ -236,7 +236,7 @@ def test_logprobs_and_entropies_match_transformers(models: tuple[Decoder, Any], 
 
 def test_score_tokens_matches_transformers_and_is_zero_elsewhere(models: tuple[Decoder, Any], batch: Batch) -> None:
     decoder, theirs = models
-    column = score_tokens(decoder, batch.microbatches(60))
+    column = score_tokens(forward_logprobs, decoder, batch.microbatches(60))
     assert column.shape == batch.tokens.shape and column.dtype == torch.float32 and not column.requires_grad
     torch.testing.assert_close(column.double(), expected_columns(theirs, batch)[0], rtol=0, atol=1e-5)
     assert torch.equal(column == 0, ~batch.loss_mask)
@@ -244,11 +244,11 @@ def test_score_tokens_matches_transformers_and_is_zero_elsewhere(models: tuple[D
 
 def test_scores_do_not_depend_on_the_microbatches(models: tuple[Decoder, Any], batch: Batch) -> None:
     decoder, _ = models
-    whole = score_tokens(decoder, batch.microbatches(10**6))
+    whole = score_tokens(forward_logprobs, decoder, batch.microbatches(10**6))
     sizes = [1, 50, 80, 120]
     assert len({tuple(m.lengths for m in batch.microbatches(size)) for size in (*sizes, 10**6)}) == 5
     for size in sizes:
-        assert torch.equal(score_tokens(decoder, batch.microbatches(size)), whole), size
+        assert torch.equal(score_tokens(forward_logprobs, decoder, batch.microbatches(size)), whole), size
     _, direct, _ = forward_logprobs(decoder, batch)
     assert torch.equal(direct.detach(), whole[batch.loss_mask])
 
@@ -257,7 +257,7 @@ def test_a_microbatch_that_trains_nothing_scores_zero_and_has_a_gradient(models:
     """As when every answer of a micro-batch was cut off and ``truncated`` is "mask"."""
     decoder, _ = models
     empty = pack([trajectory((5, 6), (7, 8), reason="length")], mask_truncated=True)
-    assert score_tokens(decoder, empty.microbatches(100)).tolist() == [0.0] * 4
+    assert score_tokens(forward_logprobs, decoder, empty.microbatches(100)).tolist() == [0.0] * 4
     _, logprobs, entropy = forward_logprobs(decoder, empty)
     assert logprobs.shape == entropy.shape == (0,)
     decoder.zero_grad()

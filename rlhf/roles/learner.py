@@ -1,0 +1,106 @@
+"""What the roles that learn have in common: a model under DeepSpeed, and an optimizer step with its metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.backends.deepspeed import DeepSpeedBackend
+from rlhf.config import Train
+from rlhf.schedule import learning_rate
+from rlhf.types import Batch
+from rollout_engine.models.decoder import Backbone
+
+log = logging.getLogger(__name__)
+
+# (model or its DeepSpeed engine, micro-batch) -> a loss that sums over micro-batches and ranks, and diagnostics by
+# name, one value per trained token [R].
+Forward = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Learner:
+    """One rank of a role that learns.
+
+    Args:
+        name: of the role, under which metrics are filed. run_folder: where a skipped update leaves its batch.
+        total_updates: optimizer steps of the run, for the schedule. timeout_s: bound of every collective.
+    """
+
+    def __init__(
+        self, name: str, model: Backbone, train: Train, *, run_folder: Path, total_updates: int, timeout_s: float
+    ) -> None:
+        self.name = name
+        self.train = train
+        self.run_folder = run_folder
+        self.total_updates = total_updates
+        self.num_updates = 0
+        self.num_skipped = 0
+        self.backend = DeepSpeedBackend(model, train, model.norm.weight.dtype, timeout_s)
+
+    def microbatches(self, batch: Batch) -> list[Batch]:
+        """The batch's micro-batches, as many as on the rank that has the most. Collective."""
+        return self.backend.microbatches(batch, self.train.tokens_per_microbatch)
+
+    def step(
+        self, minibatch: Batch, forward: Forward, before_step: Callable[[], None]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer step on this rank's share of a weighed minibatch.
+
+        A non-finite gradient skips the step, on every rank, and leaves the batch behind. Returns the metrics of all
+        ranks together, with the diagnostics' token means, and the diagnostics' maxima. Collective.
+        """
+        sums = _Diagnostics()
+
+        def loss_fn(engine: nn.Module, micro: Batch) -> Tensor:
+            loss, diagnostics = forward(engine, micro)
+            sums.add(diagnostics)
+            return loss
+
+        train = self.train
+        lr = learning_rate(self.num_updates, self.total_updates, train.lr, train.warmup_steps, train.schedule)
+        result = self.backend.step(minibatch, train.tokens_per_microbatch, loss_fn, lr, before_step)
+        self.num_updates += 1
+        if result.skipped:
+            self.num_skipped += 1
+            dump = self.run_folder / f"skipped-{self.name}-update-{self.num_updates}-rank-{self.backend.rank}.pt"
+            torch.save(minibatch, dump)
+            log.warning(
+                "%s update %d skipped, gradient norm %s; its batch: %s",
+                self.name, self.num_updates, result.grad_norm, dump,
+            )  # fmt: skip
+        means, peaks = sums.reduce(self.backend)
+        metrics = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "skipped_updates": float(self.num_skipped),
+            **means,
+        }
+        return {f"{self.name}/{key}": value for key, value in metrics.items()}, peaks
+
+
+class _Diagnostics:
+    """Token means and maxima over the micro-batches of a step."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+        self.peak: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, columns: dict[str, Tensor]) -> None:
+        self.count += len(next(iter(columns.values())))
+        for name, column in columns.items():
+            self.total[name] = self.total.get(name, 0.0) + column.double().sum().item()
+            self.peak[name] = max(self.peak.get(name, -math.inf), column.max().item() if len(column) else -math.inf)
+
+    def reduce(self, backend: DeepSpeedBackend) -> tuple[dict[str, float], dict[str, float]]:
+        """Means and maxima by name, over all ranks. Collective."""
+        *totals, count = backend.reduce([*self.total.values(), self.count], "sum")
+        peaks = backend.reduce(list(self.peak.values()), "max")
+        means = {name: total / max(1.0, count) for name, total in zip(self.total, totals, strict=True)}
+        return means, dict(zip(self.peak, peaks, strict=True))
