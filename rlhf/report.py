@@ -27,8 +27,8 @@ def draw_curve(history: list[dict[str, Any]], before: Evaluation, path: Path) ->
     top.set(ylim=(0, 1.02), ylabel="share")
     top.legend(loc="lower right")
     top.grid(alpha=0.3)
-    gaps = [row["rollout/logprob_gap_max"] for row in history]
-    bottom.plot([row["step"] for row in history], gaps, color="tab:red")
+    gaps = {row["step"]: row["rollout/logprob_gap_max"] for row in history if "rollout/logprob_gap_max" in row}
+    bottom.plot(list(gaps), list(gaps.values()), color="tab:red")  # none while a critic warms up alone
     bottom.set(xlabel="step", ylabel="max |Δ log p|\nsampler - trainer")
     bottom.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
