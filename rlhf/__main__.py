@@ -1,4 +1,4 @@
-"""The command line: ``rlhf train CONFIG``, ``rlhf init NAME``, ``rlhf doctor``, ``rlhf algorithms``."""
+"""The command line: ``rlhf train|reward-model CONFIG``, ``rlhf init NAME``, ``rlhf doctor``, ``rlhf algorithms``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.resources import files
 # slower as soon as anything else wants the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-NOT_BUILT = ("sft", "reward-model", "dpo", "eval", "export", "plan", "report")
+NOT_BUILT = ("sft", "dpo", "eval", "export", "plan", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="run a config")
-    train.add_argument("config", help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--dry-run", action="store_true", help="check, print the plan and try the reward; start nothing")
+    reward_model = commands.add_parser("reward-model", help="train a reward model on preference pairs")
+    reward_model.add_argument("--dry-run", action="store_true", help="check and print the plan; start nothing")
+    for command in (train, reward_model):
+        command.add_argument("config", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
     init = commands.add_parser("init", help="print a packaged config, a starting point of your own")
     init.add_argument("name", nargs="?", help="leave out to list them")
     commands.add_parser("algorithms", help="list the algorithms and their hyper-parameters")
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in NOT_BUILT:
         print(f"rlhf {args.command}: not built yet; see the README for what is", file=sys.stderr)
         return 2
-    if args.command == "train":  # argparse leaves what follows a flag
+    if args.command in ("train", "reward-model"):  # argparse leaves what follows a flag
         args.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rlhf.cluster import PlacementError, RoleDied
 
     try:
-        return {"train": _train, "init": _init, "algorithms": _algorithms, "doctor": _doctor}[args.command](args)
+        return COMMANDS[args.command](args)
     except ValueError as error:
         print(f"rlhf {args.command}: {error}", file=sys.stderr)
         return 2
@@ -60,6 +63,19 @@ def _train(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     from rlhf.launch import dry_run, launch
+
+    if args.dry_run:
+        print(dry_run(config))
+    else:
+        launch(config)
+    return 0
+
+
+def _reward_model(args: argparse.Namespace) -> int:
+    from rlhf.reward_model.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from rlhf.reward_model.launch import dry_run, launch
 
     if args.dry_run:
         print(dry_run(config))
@@ -115,6 +131,14 @@ def _doctor(args: argparse.Namespace) -> int:
     print("\n".join(lines))
     return 0 if healthy else 1
 
+
+COMMANDS = {
+    "train": _train,
+    "reward-model": _reward_model,
+    "init": _init,
+    "algorithms": _algorithms,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -31,10 +31,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Run(Section):
+Root = TypeVar("Root", bound=Section)
+
+
+class RunSection(Section):
     name: str
     dir: Path = Path("runs")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Run(RunSection):
     steps: PositiveInt
 
 
@@ -217,6 +223,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ValueError that names the key, what was given, what is allowed and, for an unknown key, the nearest one.
     """
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML config with its overrides, unchecked. Raises ValueError for what is no mapping of sections."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no config file {str(path)!r}; `rlhf init NAME > {file.name}` writes a packaged one")
@@ -229,7 +240,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not (equals and dot and name):
             raise ValueError(f"override {override!r} is not of the form section.key=value, such as train.lr=2e-6")
         tree[section] = {**(tree.get(section) or {}), name: _yaml(value, f"override {override!r}")}
-    return parse_config(tree)
+    return tree
 
 
 def _yaml(text: str, source: str) -> Any:
@@ -241,14 +252,19 @@ def _yaml(text: str, source: str) -> Any:
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Validate a config tree. Raises ValueError, see :func:`load_config`."""
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(_explain(error, Config)) from None
+    config = validated(Config, tree)
     return config.model_copy(update={"algorithm": asdict(config.make_algorithm())})  # type: ignore[call-overload]
 
 
-def dump_config(config: Config) -> str:
+def validated(root: type[Root], tree: dict[str, Any]) -> Root:
+    """A config tree as its class. Raises ValueError, see :func:`load_config`."""
+    try:
+        return root.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error, root)) from None
+
+
+def dump_config(config: Section) -> str:
     """The config as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 

@@ -151,6 +151,12 @@ class Renderer:
         text = render_chat(self.tokenizer, messages, chat_template=self.template, **self.section.template_args)
         return text, tuple(encode_rendered(self.tokenizer, text)), tuple(messages)
 
+    def answer(self, text: str, *, finished: bool = True) -> list[int]:
+        """Ids of an answer as the model would write it: by itself, so that nothing is tokenised across its border to
+        the prompt, and with the end-of-sequence token, unless it was cut off."""
+        end = [self.tokenizer.eos_token_id] if finished else []
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+
 
 def _messages(given: Any) -> list[Message]:
     if isinstance(given, str) and given.strip():

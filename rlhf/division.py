@@ -6,10 +6,13 @@ the same arguments, and rank 0's result counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf.reward_model.pairs import Pairs
     from rlhf.types import Batch, Prompt
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -39,6 +42,27 @@ def balanced(sizes: Sequence[int], ranks: int) -> list[list[int]]:
         shares[rank].append(item)
         load[rank] += sizes[item]
     return [sorted(share) for share in shares]
+
+
+def runs(sizes: Sequence[int], at_most: int) -> Iterator[list[int]]:
+    """Items in runs whose sizes add up to at most ``at_most`` (or one item, if that alone is larger)."""
+    part: list[int] = []
+    total = 0
+    for item, size in enumerate(sizes):
+        if part and total + size > at_most:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size
+    if part:
+        yield part
+
+
+def _restored(shares: list[list[int]], results: list[Sequence[Any]]) -> list[Any]:
+    """What ranks found for their shares of items, in the items' own order."""
+    pairs = zip(shares, results, strict=True)
+    found = {item: one for share, part in pairs for item, one in zip(share, part, strict=True)}
+    return [found[item] for item in range(len(found))]
 
 
 def divide_prompts(
@@ -81,3 +105,26 @@ def divide_minibatch(ranks: int, minibatch: Batch) -> tuple[list[dict[str, Any]]
     """For ``update``: as :func:`divide_batch`; the ranks agree on the metrics among themselves."""
     calls, _ = divide_batch(ranks, minibatch)
     return [{"minibatch": call["batch"]} for call in calls], lambda results: results[0]
+
+
+def divide_sequences(ranks: int, token_ids: Sequence[tuple[int, ...]]) -> tuple[list[dict[str, Any]], Join]:
+    """For ``RewardModel.judge``: sequences by their lengths; a rank may have none. Scores in the sequences' order."""
+    shares = balanced([len(ids) for ids in token_ids], ranks)
+    return [{"token_ids": [token_ids[i] for i in share]} for share in shares], lambda found: _restored(shares, found)
+
+
+def divide_pairs(ranks: int, pairs: Pairs) -> tuple[list[dict[str, Any]], Join]:
+    """For ``RewardLearner.score``: whole pairs by their lengths; scores [P, 2] in the pairs' order."""
+    shares = balanced(pairs.sizes, ranks)
+
+    def join(found: list[Tensor]) -> Tensor:
+        import torch
+
+        return torch.stack(_restored(shares, [part[: len(s)] for s, part in zip(shares, found, strict=True)]))
+
+    return [{"pairs": pairs.select(share) if share else pairs.filler()} for share in shares], join
+
+
+def divide_update(ranks: int, pairs: Pairs) -> tuple[list[dict[str, Any]], Join]:
+    """For ``RewardLearner.update``: as :func:`divide_pairs`; the ranks agree on the metrics among themselves."""
+    return divide_pairs(ranks, pairs)[0], lambda results: results[0]

@@ -211,3 +211,9 @@ def token_weights(loss_mask: Tensor, lengths: tuple[int, ...], aggregation: str,
         return trained / (sequences * max_tokens)
     assert aggregation == "sequence_mean", aggregation
     return trained / (sequences * per_sequence.clamp(min=1)).repeat_interleave(torch.tensor(lengths))
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected - margin): a preference under Bradley and Terry (1952), with the margin of
+    Llama 2 (arXiv 2307.09288, eq. 2). All [P]."""
+    return torch.nn.functional.softplus(margin - (chosen - rejected))

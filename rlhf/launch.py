@@ -18,7 +18,7 @@ from rlhf.recipe import Recipe, load_recipe
 from rlhf.roles.reward import RewardFunction
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
-from rlhf.tracking.console import Console
+from rlhf.tracking.console import Console, ConsoleHandler
 from rlhf.types import Completion, Prompt
 
 log = logging.getLogger("rlhf")  # the package's, not this module's
@@ -102,7 +102,7 @@ def launch(config: Config) -> Result:
     run.write("config.yaml", dump_config(config))
     run.write_environment()
     console = Console(run.path / "train.log")
-    handler = _ConsoleHandler(console)
+    handler = ConsoleHandler(console)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     run.write("plan.txt", str(task.plan))
@@ -132,14 +132,3 @@ def launch(config: Config) -> Result:
         if tracker:  # last: without a network it may take its time, or fail
             tracker.close(failed=not finished)
     return Result(run.path, before, after)
-
-
-class _ConsoleHandler(logging.Handler):
-    """Log records of the package go to the console's record."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self.console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.console.line(record.getMessage())

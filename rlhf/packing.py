@@ -62,23 +62,30 @@ class SharedPrefixes:
 
     The samples of a prompt repeat it, and what they repeat has the same hidden states, bit for bit: a token's row
     doesn't depend on its company. A sequence that repeats everything is left out altogether. So is every sequence's
-    last token, which predicts nothing.
+    last token, which predicts nothing, unless it is kept (``keep_last``).
     """
 
     tokens: Tensor  # [P] int64, those that are left
-    row_of: Tensor  # [T] int64 in [0, P), of every token of the batch but the last ones
-    lengths: list[int]  # of the sequences that are left, without their last tokens
+    row_of: Tensor  # [T] int64 in [0, P), of every token of the batch but those left out as last ones
+    lengths: list[int]  # of the sequences that are left, without the last tokens left out
     num_own: list[int]  # tokens that each of those brings
     source: np.ndarray  # [sum of lengths] int64 row of each of their tokens
 
     @classmethod
     def of(cls, batch: Batch) -> SharedPrefixes:
-        tokens, groups = batch.tokens.numpy(), batch.groups.tolist()
+        return cls.of_sequences(batch.tokens, batch.lengths, batch.groups.tolist())
+
+    @classmethod
+    def of_sequences(
+        cls, all_tokens: Tensor, whole_lengths: Sequence[int], groups: Sequence[int], *, keep_last: bool = False
+    ) -> SharedPrefixes:
+        """For tokens [T] of sequences laid end to end; those of a group follow one another."""
+        tokens = all_tokens.numpy()
         rows = np.zeros(len(tokens), dtype=np.int64)
         kept, lengths, num_own, sources = [], [], [], []
         begin, num_rows, leader, leader_group = 0, 0, slice(0, 0), None
-        for whole, group in zip(batch.lengths, groups, strict=True):
-            length = max(1, whole - 1)
+        for whole, group in zip(whole_lengths, groups, strict=True):
+            length = whole if keep_last else max(1, whole - 1)
             end, shared = begin + length, 0
             if group == leader_group:
                 most = min(length, leader.stop - leader.start)
@@ -121,12 +128,25 @@ def forward_values(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def _inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, tuple[Tensor, PackedAttention, Tensor]]:
     """Index [R] of the trained tokens, and what a model reads: tokens [P], their context, and the rows [R] that stand
     before the trained ones."""
-    device = next(model.parameters()).device
-    shared = SharedPrefixes.of(batch)
     (scored,) = torch.nonzero(batch.loss_mask, as_tuple=True)
-    rows = shared.row_of[scored - 1].to(device)
+    inputs = _rows_of(model, SharedPrefixes.of(batch), scored - 1)
+    return scored.to(inputs[0].device), inputs
+
+
+def _rows_of(model: nn.Module, shared: SharedPrefixes, index: Tensor) -> tuple[Tensor, PackedAttention, Tensor]:
+    """What a model reads, and the rows of the tokens ``index`` [R]; on the model's device."""
+    device = next(model.parameters()).device
     ctx = PackedAttention.from_lengths(shared.lengths, device, num_own=shared.num_own, source=shared.source)
-    return scored.to(device), (shared.tokens.to(device), ctx, rows)
+    return shared.tokens.to(device), ctx, shared.row_of[index].to(device)
+
+
+def forward_scores(model: nn.Module, token_ids: Sequence[Sequence[int]], groups: Sequence[int]) -> Tensor:
+    """The scalar decoder's number at the last token of each sequence [S], on the model's device. Sequences of a group
+    follow one another, and share the prefix that they have in common with the first."""
+    lengths = [len(ids) for ids in token_ids]
+    tokens = torch.tensor([token for ids in token_ids for token in ids])
+    shared = SharedPrefixes.of_sequences(tokens, lengths, groups, keep_last=True)
+    return model(*_rows_of(model, shared, torch.tensor(lengths).cumsum(0) - 1))
 
 
 @torch.no_grad()

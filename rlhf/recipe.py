@@ -6,6 +6,7 @@ A module (by name or as a .py file) with
   the whole group at once; further parameters are columns of the prompt rows, matched by name; ``def`` or ``async def``;
 * optional ``prompts(split)`` for splits "train" and "eval", or ``prompts()`` for training rows alone: rows
   ``{"prompt": text or messages, **columns}``, for configs without ``data.path``;
+* optional ``preferences(split)``, as ``prompts``: rows ``{"prompt", "chosen", "rejected"}`` for a reward model;
 * optional ``initial_model(folder, seed)``: write a Hugging Face checkpoint to start from;
 * optional ``warm_start(seed)``: an endless iterable of (prompt, answer) texts to train on before the RL.
 """
@@ -42,7 +43,14 @@ class Recipe:
 
     def prompts(self, split: str) -> list[dict[str, Any]] | None:
         """Rows of "train" or "eval"; None where the recipe leaves it to the caller to hold rows out."""
-        function = self._optional("prompts", "set data.path, or write prompts(split)")
+        return self._rows("prompts", split)
+
+    def preferences(self, split: str) -> list[dict[str, Any]] | None:
+        """Preference pairs of "train" or "eval"; None as :meth:`prompts`."""
+        return self._rows("preferences", split)
+
+    def _rows(self, name: str, split: str) -> list[dict[str, Any]] | None:
+        function = self._optional(name, f"set data.path, or write {name}(split)")
         if inspect.signature(function).parameters:
             return list(function(split))
         return list(function()) if split == "train" else None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from rlhf.division import runs
 
 if TYPE_CHECKING:  # importing rlhf must not import torch
     from torch import Tensor
@@ -196,15 +198,18 @@ class Batch:
 
     def microbatches(self, max_tokens: int) -> Iterator[Batch]:
         """Runs of whole sequences of at most ``max_tokens`` tokens (or one sequence, if that alone is longer)."""
-        part: list[int] = []
-        tokens = 0
-        for s, length in enumerate(self.lengths):
-            if part and tokens + length > max_tokens:
-                yield self.select(part)
-                part, tokens = [], 0
-            part.append(s)
-            tokens += length
-        yield self.select(part)
+        for sequences in runs(self.lengths, max_tokens):
+            yield self.select(sequences)
+
+
+class Minibatch(Protocol):
+    """What an optimizer step needs of its data: a :class:`Batch` has it, and preference pairs do."""
+
+    def microbatches(self, max_tokens: int) -> Iterator[Self]:
+        """Its parts, of at most ``max_tokens`` tokens where that can be."""
+
+    def filler(self) -> Self:
+        """The least there can be, which trains nothing."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rlhf.config import Config
 from rlhf.data import Renderer
 from rlhf.packing import pack_supervised
 from rlhf.recipe import Recipe
+from rlhf.reward_model.config import RewardModelConfig
 from rlhf.roles.policy import Policy
 from rlhf.run_folder import RunFolder
 from rlhf.tracking.console import Console
@@ -23,7 +24,13 @@ AVERAGED = 8  # steps whose mean loss is reported, and compared with warm_start.
 
 
 def warm_start(
-    config: Config, recipe: Recipe, tokenizer: Any, checkpoint: Path, cluster: Cluster, run: RunFolder, console: Console
+    config: Config | RewardModelConfig,
+    recipe: Recipe,
+    tokenizer: Any,
+    checkpoint: Path,
+    cluster: Cluster,
+    run: RunFolder,
+    console: Console,
 ) -> Path:
     """Train ``checkpoint`` on the recipe's worked examples; the folder of the resulting checkpoint."""
     section, sft = config.warm_start, SFT()
@@ -69,5 +76,4 @@ def _token_rows(recipe: Recipe, render: Renderer, seed: int) -> Iterator[tuple[l
     """Ids of the prompt, as the RL will show it, and of the answer, which ends with the end-of-sequence token."""
     for prompt, answer in recipe.warm_start(seed):
         _, prompt_ids, _ = render(prompt)
-        answer_ids = render.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        yield list(prompt_ids), [*answer_ids, render.tokenizer.eos_token_id]
+        yield list(prompt_ids), render.answer(answer)

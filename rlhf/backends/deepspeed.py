@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import deepspeed
 import torch
@@ -31,11 +31,12 @@ from torch.distributed import ReduceOp
 from kernels.device import collective_backend, default_device
 from rlhf.backends.extension_cache import wait_for_locks
 from rlhf.config import Train
-from rlhf.types import Batch
+from rlhf.types import Minibatch
 
 MAX_REDUCE_BUCKET = 500_000_000  # elements
 WHOLE_ELEMENTS = 10_000  # ZeRO 3 keeps smaller parameters whole on every rank, between steps too
-LossFn = Callable[[nn.Module, Batch], Tensor]
+Data = TypeVar("Data", bound=Minibatch)
+LossFn = Callable[[nn.Module, Data], Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class DeepSpeedBackend:
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def microbatches(self, batch: Batch, max_tokens: int) -> list[Batch]:
+    def microbatches(self, batch: Data, max_tokens: int) -> list[Data]:
         """The batch's micro-batches, as many as on the rank that has the most. Collective."""
         found = list(batch.microbatches(max_tokens))
         missing = int(self.reduce([len(found)], "max")[0]) - len(found)
@@ -109,7 +110,7 @@ class DeepSpeedBackend:
         return column.tolist()
 
     def step(
-        self, batch: Batch, max_tokens: int, loss_fn: LossFn, lr: float, before_step: Callable[[], None]
+        self, batch: Data, max_tokens: int, loss_fn: LossFn[Data], lr: float, before_step: Callable[[], None]
     ) -> StepResult:
         """One optimizer step over this rank's share of a minibatch, in micro-batches of ``max_tokens`` tokens.
 

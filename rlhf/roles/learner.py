@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from rlhf.backends.deepspeed import DeepSpeedBackend
 from rlhf.config import Train
 from rlhf.schedule import learning_rate
-from rlhf.types import Batch
+from rlhf.types import Minibatch
 from rollout_engine.models.decoder import Backbone
 
 log = logging.getLogger(__name__)
 
 # (model or its DeepSpeed engine, micro-batch) -> a loss that sums over micro-batches and ranks, and diagnostics by
 # name, one value per trained token [R].
-Forward = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+Data = TypeVar("Data", bound=Minibatch)
+Forward = Callable[[nn.Module, Data], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Learner:
@@ -42,12 +44,12 @@ class Learner:
         self.num_skipped = 0
         self.backend = DeepSpeedBackend(model, train, model.norm.weight.dtype, timeout_s)
 
-    def microbatches(self, batch: Batch) -> list[Batch]:
+    def microbatches(self, batch: Data) -> list[Data]:
         """The batch's micro-batches, as many as on the rank that has the most. Collective."""
         return self.backend.microbatches(batch, self.train.tokens_per_microbatch)
 
     def step(
-        self, minibatch: Batch, forward: Forward, before_step: Callable[[], None]
+        self, minibatch: Data, forward: Forward[Data], before_step: Callable[[], None]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """One optimizer step on this rank's share of a weighed minibatch.
 
@@ -56,7 +58,7 @@ class Learner:
         """
         sums = _Diagnostics()
 
-        def loss_fn(engine: nn.Module, micro: Batch) -> Tensor:
+        def loss_fn(engine: nn.Module, micro: Data) -> Tensor:
             loss, diagnostics = forward(engine, micro)
             sums.add(diagnostics)
             return loss

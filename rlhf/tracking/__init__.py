@@ -11,20 +11,19 @@ from typing import Any
 
 from rlhf.config import Config
 from rlhf.evaluate import Evaluation
+from rlhf.reward_model.config import RewardModelConfig
 from rlhf.run_folder import RunFolder
 from rlhf.tracking.console import Console, step_line
 from rlhf.types import Batch, Trajectory
 
 
-class Tracker:
-    """Fans metrics and samples out. ``history`` keeps every step's metrics for the curve."""
+class MetricLog:
+    """A row of scalars per step: a line in metrics.jsonl and on the console, and the scalars in W&B."""
 
-    def __init__(self, config: Config, run: RunFolder, console: Console) -> None:
-        self.config = config
+    def __init__(self, config: Config | RewardModelConfig, steps: int, run: RunFolder, console: Console) -> None:
         self.run = run
+        self.steps = steps
         self.console = console
-        self.history: list[dict[str, Any]] = []
-        self.progress = {"samples": 0, "tokens": 0}
         self._file = (run.path / "metrics.jsonl").open("a", buffering=1)
         self._wandb = None
         if config.tracking.wandb != "disabled":
@@ -35,23 +34,42 @@ class Tracker:
     @contextmanager
     def phase(self, step: int, times: dict[str, float], name: str) -> Iterator[None]:
         """Show what is going on, and add its seconds to ``times``."""
-        self.console.phase(step, self.config.run.steps, name)
+        self.console.phase(step, self.steps, name)
         begin = time.perf_counter()
         yield
         times[name] = time.perf_counter() - begin
 
+    def record(self, row: dict[str, Any], line: str) -> None:
+        """Keep a step's scalars, and print its line."""
+        # JSON has no NaN: what isn't finite is null.
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self.console.line(line)
+        if self._wandb:
+            self._wandb.log_metrics(row)
+
+    def close(self, failed: bool = False) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.close(failed)
+
+
+class Tracker(MetricLog):
+    """Fans metrics and samples of an RL run out. ``history`` keeps every step's metrics for the curve."""
+
+    def __init__(self, config: Config, run: RunFolder, console: Console) -> None:
+        super().__init__(config, config.run.steps, run, console)
+        self.config = config
+        self.history: list[dict[str, Any]] = []
+        self.progress = {"samples": 0, "tokens": 0}
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record a step: a line in metrics.jsonl and on the console, and the scalars in W&B."""
+        """Record a step."""
         self.progress["samples"] += self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
         self.progress["tokens"] += int(metrics["length/answer_tokens"])
         row = {"step": step, **metrics, **{f"progress/{axis}": count for axis, count in self.progress.items()}}
         self.history.append(row)
-        # JSON has no NaN: what isn't finite is null.
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self.console.line(step_line(row, self.config.run.steps))
-        if self._wandb:
-            self._wandb.log_metrics(row)
+        self.record(row, step_line(row, self.steps))
 
     def samples(self, step: int, trajectories: list[Trajectory], batch: Batch) -> None:
         """Keep a step's answers: all in the run folder, the first few in the W&B table ``samples``."""
@@ -69,11 +87,6 @@ class Tracker:
         self.run.write_rows(f"eval/{evaluation.step:06d}.jsonl", rows)
         if self._wandb and self.config.tracking.samples_per_step:
             self._wandb.log_samples("eval/samples", rows[: self.config.tracking.samples_per_step])
-
-    def close(self, failed: bool = False) -> None:
-        self._file.close()
-        if self._wandb:
-            self._wandb.close(failed)
 
 
 def _row(step: int, t: Trajectory, advantage: float | None) -> dict[str, Any]:

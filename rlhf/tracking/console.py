@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.progress import (
 )
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three significant digits, without the leading zero: .481, 8e-4, 12.3."""
     if value == 0:
         return ".0"
@@ -40,15 +41,15 @@ def clock(seconds: float) -> str:
 
 def step_line(row: dict[str, Any], steps: int) -> str:
     """One line for a step's metrics; what the run doesn't have is left out."""
-    parts = [f"step {row['step']}/{steps}", f"reward {_short(row['reward/mean'])}"]
+    parts = [f"step {row['step']}/{steps}", f"reward {short(row['reward/mean'])}"]
     if "eval/accuracy" in row:
-        parts.append(f"eval {_short(row['eval/accuracy'])}@{row['eval/step']}")
+        parts.append(f"eval {short(row['eval/accuracy'])}@{row['eval/step']}")
     parts.append(f"| len {row['length/mean']:.0f} cut {row['length/truncated']:.0%} |")
     if "policy/kl" in row:
-        parts.append(f"kl {_short(row['policy/kl'])}")
+        parts.append(f"kl {short(row['policy/kl'])}")
     if "policy/entropy" in row:  # not while a critic warms up alone
-        parts.append(f"ent {_short(row['policy/entropy'])} clip {row['policy/clip_fraction']:.1%}")
-        parts.append(f"gap {_short(row['rollout/logprob_gap_max'])}")
+        parts.append(f"ent {short(row['policy/entropy'])} clip {row['policy/clip_fraction']:.1%}")
+        parts.append(f"gap {short(row['rollout/logprob_gap_max'])}")
     if "critic/explained_variance" in row:
         parts.append(f"critic {row['critic/explained_variance']:.0%}")
     if row.get("policy/skipped_updates"):
@@ -92,3 +93,14 @@ class Console:
     def close(self) -> None:
         self._bar.stop()
         self._log.close()
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records of the package go to the console's record."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.line(record.getMessage())

@@ -10,6 +10,7 @@ from typing import Any
 import wandb
 
 from rlhf.config import Config
+from rlhf.reward_model.config import RewardModelConfig
 
 COLUMNS = ("step", "prompt", "answer", "reward", "parts", "advantage", "finish_reason", "version", "logprob")
 
@@ -26,7 +27,7 @@ def _has_key() -> bool:
 class WandbTracker:
     """One W&B run. Scalars have three x-axes: step, samples, tokens; samples go to incremental tables."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config | RewardModelConfig, folder: Path) -> None:
         wanted = config.tracking.wandb
         mode: str = wanted
         if wanted == "auto":

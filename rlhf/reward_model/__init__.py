@@ -1,0 +1,1 @@
+"""Training a reward model on preference pairs: ``rlhf reward-model CONFIG``."""

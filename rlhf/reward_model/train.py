@@ -1,0 +1,103 @@
+"""The loop of a reward model: a minibatch of pairs, an optimizer step, now and then the held-out pairs."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rlhf.cluster import Cluster
+from rlhf.metrics import timing
+from rlhf.reward_model.config import RewardModelConfig
+from rlhf.reward_model.metrics import PairEvaluation
+from rlhf.reward_model.pairs import Pair, PairData, Pairs
+from rlhf.roles.reward_model import RewardLearner
+from rlhf.run_folder import RunFolder, write_atomic
+from rlhf.tracking import MetricLog
+from rlhf.tracking.console import clock, short
+
+
+def train_reward_model(
+    config: RewardModelConfig, cluster: Cluster, tracker: MetricLog, run: RunFolder, checkpoint: Path, data: PairData
+) -> tuple[PairEvaluation, PairEvaluation]:
+    """Train from ``checkpoint`` until the run's last step; held-out evaluations before and after."""
+    steps = config.pairs.num_steps(len(data.train))
+    learner = cluster.spawn(
+        "reward_model",
+        RewardLearner,
+        ranks=config.cluster.num_ranks,
+        checkpoint=checkpoint,
+        run_folder=run.path,
+        model=config.model,
+        train=config.train,
+        total_updates=steps,
+        timeout_s=config.cluster.timeout_s,
+    )
+    batches = minibatches(data.train, config.pairs.batch_size, config.run.seed)
+    held_out = Pairs.mean(data.held_out)
+    started = time.perf_counter()
+    before = latest = evaluate(learner, held_out, run, 0)
+    for step in range(1, steps + 1):
+        times: dict[str, float] = {}
+        pairs = next(batches)
+        with tracker.phase(step, times, "train"):
+            metrics = learner.update(pairs)
+        last = step == steps
+        save = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+        if save or (config.eval.every and step % config.eval.every == 0):  # a checkpoint says how good it is
+            with tracker.phase(step, times, "evaluate"):
+                latest = evaluate(learner, held_out, run, step)
+        found = {f"eval/{name}": value for name, value in latest.metrics.items()}
+        row = {
+            "step": step,
+            **metrics,
+            **found,
+            "eval/step": latest.step,
+            **timing(times, started, step, steps, sum(pairs.sizes)),
+            "progress/samples": step * config.pairs.batch_size,
+        }
+        tracker.record(row, step_line(row, steps))
+        if save:
+            folder = run.checkpoint(step) / "hf"
+            learner.save(folder)
+            write_atomic(folder / "calibration.json", json.dumps(latest.metrics, indent=1))
+            run.finish_checkpoint(step, {"step": step, **found}, config.checkpoint.keep_last)
+    return before, latest
+
+
+def minibatches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[Pairs]:
+    """Endless; each pass over the pairs in an order of its own, which depends on the seed alone."""
+    waiting: list[Pair] = []
+    epoch = 0
+    while True:
+        while len(waiting) < size:
+            waiting += random.Random(f"{seed}/{epoch}").sample(pairs, len(pairs))
+            epoch += 1
+        yield Pairs.mean(waiting[:size])
+        waiting = waiting[size:]
+
+
+def evaluate(learner: RewardLearner, held_out: Pairs, run: RunFolder, step: int) -> PairEvaluation:
+    """Score the held-out pairs; metrics and the reliability table go to ``eval/<step>.json``."""
+    evaluation = PairEvaluation(step, learner.score(held_out))
+    kept = {**evaluation.metrics, "reliability": [asdict(row) for row in evaluation.table]}
+    run.write(f"eval/{step:06d}.json", json.dumps(kept, indent=1))
+    return evaluation
+
+
+def step_line(row: dict[str, float], steps: int) -> str:
+    """One line for a step's metrics."""
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"loss {short(row['reward_model/loss'])}",
+        f"accuracy {row['reward_model/accuracy']:.1%}",
+        f"margin {short(row['reward_model/margin'])}",
+        f"| eval {row['eval/accuracy']:.1%} auc {row['eval/auc']:.3f} ece {short(row['eval/ece'])}@{row['eval/step']}",
+        f"| {row['time/step']:.2f} s  {row['throughput/tokens_per_s']:.0f} tok/s | ETA {clock(row['time/eta'])}",
+    ]
+    if row["reward_model/skipped_updates"]:
+        parts.append(f"SKIPPED {row['reward_model/skipped_updates']:.0f} updates")
+    return "  ".join(parts)

@@ -1,0 +1,123 @@
+"""The reward model: one scores answers, and one learns to from preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kernels.device import default_device
+from rlhf.config import ModelSection, Train
+from rlhf.division import divide_pairs, divide_sequences, divide_update, over_ranks, runs
+from rlhf.functional import pairwise_loss
+from rlhf.packing import forward_scores
+from rlhf.reward_model.pairs import Pairs
+from rlhf.roles.learner import Learner
+from rollout_engine.models.checkpoint import has_scalar_head, load_scalar_model, save_model
+
+
+class RewardModel:
+    """A trained one, frozen. Raises ValueError for a checkpoint without a scalar head."""
+
+    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train) -> None:
+        if not has_scalar_head(checkpoint):
+            raise ValueError(
+                f"{checkpoint} has no scalar head (score.weight), so it is no reward model; "
+                "`rlhf reward-model CONFIG` makes one, and any sequence classifier with one label will do"
+            )
+        loaded = load_scalar_model(checkpoint, dtype=model.dtype, device=default_device())
+        self.decoder = loaded.decoder.requires_grad_(False)
+        self.tokens_per_microbatch = train.tokens_per_microbatch
+
+    @over_ranks(divide_sequences)
+    @torch.no_grad()
+    def judge(self, token_ids: Sequence[tuple[int, ...]]) -> list[float]:
+        """Scores of sequences (prompt and answer, with its end where it has one), each at its last token.
+
+        Raises ValueError for an empty sequence.
+        """
+        if not all(token_ids):
+            empty = [bool(ids) for ids in token_ids].index(False)
+            raise ValueError(f"sequence {empty} of {len(token_ids)} is empty; give at least a token to score")
+        scores: list[float] = []
+        for part in runs([len(ids) for ids in token_ids], self.tokens_per_microbatch):
+            scores += forward_scores(self.decoder, [token_ids[i] for i in part], part).tolist()
+        return scores
+
+
+class RewardLearner:
+    """One rank of a reward model in training.
+
+    Args:
+        checkpoint: of a language model, whose head gives way to a scalar one of zeros, or of a reward model.
+        run_folder, total_updates, timeout_s: as :class:`rlhf.roles.learner.Learner`'s.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Path,
+        run_folder: Path,
+        model: ModelSection,
+        train: Train,
+        total_updates: int,
+        timeout_s: float,
+    ) -> None:
+        self.model = load_scalar_model(checkpoint, dtype=model.dtype, device=default_device())
+        self.model.decoder.gradient_checkpointing = model.gradient_checkpointing
+        self.learner = Learner(
+            "reward_model",
+            self.model.decoder,
+            train,
+            run_folder=run_folder,
+            total_updates=total_updates,
+            timeout_s=timeout_s,
+        )
+
+    @over_ranks(divide_pairs)
+    @torch.no_grad()
+    def score(self, pairs: Pairs) -> Tensor:
+        """Scores of the pairs' answers, chosen and rejected: [P, 2] fp32, on the CPU. Collective."""
+        micro = self.learner.microbatches(pairs)
+        scores = torch.cat([_scores(self.learner.backend.engine, part).cpu() for part in micro])
+        return scores[: len(pairs.pairs)]
+
+    @over_ranks(divide_update)
+    def update(self, pairs: Pairs) -> dict[str, float]:
+        """One optimizer step; metrics as :meth:`Learner.step`. Collective."""
+        metrics, _ = self.learner.step(pairs, pair_loss, before_step=lambda: None)
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as a Hugging Face sequence classifier (new folder, atomic); rank 0 does. Collective."""
+        names = [name for name, _ in self.model.decoder.named_parameters()]
+        with self.learner.backend.gathered(names):
+            if self.learner.backend.rank == 0:
+                save_model(self.model, folder)
+
+
+def pair_loss(engine: nn.Module, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighed loss of some pairs, and diagnostics by name, one value per pair that counts."""
+    chosen, rejected = _scores(engine, pairs).unbind(1)
+    weights, margins = (
+        torch.tensor(column, dtype=torch.float32, device=chosen.device)
+        for column in (pairs.weights, [pair.margin for pair in pairs.pairs])
+    )
+    loss = (weights * pairwise_loss(chosen, rejected, margins)).sum()
+    counts = weights > 0
+    won = chosen.detach() - rejected.detach()
+    diagnostics = {
+        "accuracy": (won > 0).float() + 0.5 * (won == 0).float(),
+        "margin": won,
+        "chosen": chosen.detach(),
+        "rejected": rejected.detach(),
+    }
+    return loss, {name: column[counts] for name, column in diagnostics.items()}
+
+
+def _scores(model: nn.Module, pairs: Pairs) -> Tensor:
+    """[P, 2] fp32, of the chosen and the rejected answer; the two share their prompt."""
+    token_ids = [ids for pair in pairs.pairs for ids in (pair.chosen, pair.rejected)]
+    return forward_scores(model, token_ids, [i // 2 for i in range(len(token_ids))]).view(-1, 2)
