@@ -122,6 +122,16 @@ class Reward(Section):
     def weight(self, component: str) -> float:
         return self.weights.get(component, 1.0)
 
+    @property
+    def needs_function(self) -> bool:
+        """There is nobody else to judge."""
+        return not (self.models or self.servers)
+
+    @property
+    def model_roles(self) -> dict[str, str]:
+        """Names of the reward models' roles, by component."""
+        return {name: "reward_model" if len(self.models) == 1 else f"reward_model-{name}" for name in self.models}
+
 
 class Rollout(Section):
     prompts_per_step: PositiveInt
@@ -231,11 +241,11 @@ class Config(Section):
         return self
 
     def of_role(self, role: str) -> tuple[ModelSection, Train, int]:
-        """Model, training and number of ranks of ``policy``, ``critic``, ``reference`` or ``reward_model``; where its
-        section says nothing, the policy's, but for ``model.path``, which is then None."""
+        """Model, training and number of ranks of ``policy``, ``critic``, ``reference`` or a reward model (see
+        ``Reward.model_roles``); where its section says nothing, the policy's, but for ``model.path``, then None."""
         if role == "policy":
             return self.model, self.train, self.cluster.num_ranks
-        section: RoleSection = getattr(self, role)
+        section: RoleSection = getattr(self, role.partition("-")[0])  # all reward models have one
         own = {key: value for key, value in section.model_dump().items() if value is not None}
         model = self.model.model_copy(update={key: own[key] for key in own if key in ModelSection.model_fields})
         train = self.train.model_copy(update={key: own[key] for key in own if key in Train.model_fields})

@@ -16,6 +16,8 @@ from rlhf.config import Config
 from rlhf.recipe import Recipe, Verdict
 from rlhf.roles.reward import RewardFunction
 from rlhf.types import Completion, Problem, Prompt, Score, Trajectory
+from rollout_engine.models import family
+from rollout_engine.models.checkpoint import has_scalar_head, load_hf_config, load_tokenizer, resolve
 
 if TYPE_CHECKING:
     from rlhf.roles.reward_model import RewardModel
@@ -149,27 +151,22 @@ def _sigmoid(x: float) -> float:
 
 def spawn_judges(run: Config, cluster: Cluster) -> Judges:
     """The role ``reward`` (function and servers), and one role per reward model."""
-    from rollout_engine.models.checkpoint import resolve
-
     section = run.reward
     function = cluster.spawn("reward", RewardFunction, recipe=run.recipe.path, section=section)
     models = {}
-    if section.models:
+    for name, role_name in section.model_roles.items():
         from rlhf.roles.reward_model import RewardModel
 
-        model, train, ranks = run.of_role("reward_model")
-        for name, path in section.models.items():
-            checkpoint = resolve(path, model.revision)
-            role = cluster.spawn(
-                "reward_model" if len(section.models) == 1 else f"reward_model-{name}",
-                RewardModel,
-                ranks=ranks,
-                checkpoint=checkpoint,
-                model=model,
-                train=train,
-            )
-            models[name] = ModelJudge(role, midpoint_of(checkpoint) if section.model_scale == "probability" else None)
+        model, train, ranks = run.of_role(role_name)
+        checkpoint = _checkpoint(run, name)
+        role = cluster.spawn(role_name, RewardModel, ranks=ranks, checkpoint=checkpoint, model=model, train=train)
+        models[name] = ModelJudge(role, midpoint_of(checkpoint) if section.model_scale == "probability" else None)
     return Judges(section, function, models, run.run.seed)
+
+
+def _checkpoint(run: Config, model: str) -> Path:
+    """Folder of a reward model; its revision is its own section's, not the policy's."""
+    return resolve(run.reward.models[model], run.reward_model.revision or "main")
 
 
 def midpoint_of(checkpoint: Path) -> float:
@@ -194,44 +191,39 @@ def check_judges(run: Config, recipe: Recipe, tokenizer: Any, prompt: Prompt, lo
     ``reward.on_error`` says.
     """
     section = run.reward
-    told = {"function": f"{Path(run.recipe.path).name}: reward()"} if recipe.has_reward else {}
-    if "function" in section.weights and not told:
+    told = {"function": f"reward() of {Path(run.recipe.path).name}"} if recipe.has_reward else {}
+    told.update({name: f"reward model {path}, {section.model_scale}" for name, path in section.models.items()})
+    told.update({name: f"server {url}" for name, url in section.servers.items()})
+    if "function" in section.weights and not recipe.has_reward:
         raise ValueError(f"reward.weights names the function, but recipe {run.recipe.path!r} has no reward()")
-    revision = run.of_role("reward_model")[0].revision
-    for name, path in section.models.items():
-        _check_model(f"reward.models: {name}", path, revision, section, tokenizer, longest)
-        told[name] = f"reward model {path}, as {section.model_scale}"
+    if not any(section.weight(name) for name in told):
+        raise ValueError(f"reward.weights: every component ({', '.join(told)}) has weight 0; nothing would be learnt")
+    for name in section.models:
+        _check_model(f"reward.models.{name}", _checkpoint(run, name), section, tokenizer, longest)
     if section.servers:
         from rlhf.reward_server import RewardServer
 
         for name, url in section.servers.items():
             RewardServer(name, url).check(prompt, section.timeout_s)
-            told[name] = f"server {url}"
-    if not any(section.weight(name) for name in told):
-        raise ValueError(f"reward.weights: every component ({', '.join(told)}) has weight 0; nothing would be learnt")
     return [
-        f"{section.weight(name):g} x {name} ({what})" if section.weight(name) else f"{name} is only watched ({what})"
+        f"{section.weight(name):g} x {name} ({what})" if section.weight(name) else f"{name}, only watched ({what})"
         for name, what in told.items()
     ]
 
 
-def _check_model(key: str, path: str, revision: str, section: config.Reward, tokenizer: Any, longest: int) -> None:
-    from rollout_engine.models import family
-    from rollout_engine.models.checkpoint import has_scalar_head, load_hf_config, load_tokenizer, resolve
-
-    checkpoint = resolve(path, revision)
+def _check_model(key: str, checkpoint: Path, section: config.Reward, tokenizer: Any, longest: int) -> None:
     hf_config = load_hf_config(checkpoint)
     if not has_scalar_head(checkpoint):
-        raise ValueError(f"{key} ({path}) is a model without a scalar head; `rlhf reward-model` trains one")
+        raise ValueError(f"{key}: {checkpoint} has no scalar head; `rlhf reward-model` trains one")
     if load_tokenizer(checkpoint).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"{key} ({path}) has another tokenizer than the policy; it judges token ids, so take one that was trained "
-            "from the policy's model family"
+            f"{key}: {checkpoint} has another tokenizer than the policy; it judges token ids, so take one that was "
+            "trained from the policy's model family"
         )
     context = family(hf_config).decoder_config(hf_config).max_position
     if longest > context:
         raise ValueError(
-            f"{key} ({path}) has a context of {context} tokens; a prompt with its answer may have {longest}. "
+            f"{key}: {checkpoint} has a context of {context} tokens; a prompt with its answer may have {longest}. "
             "Lower data.max_prompt_tokens or rollout.max_tokens"
         )
     if section.model_scale == "probability":

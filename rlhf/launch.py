@@ -52,7 +52,7 @@ def prepare(config: Config, folder: Path) -> Task:
     from rollout_engine.models import family
     from rollout_engine.models.checkpoint import load_hf_config, load_tokenizer, open_weights, resolve
 
-    recipe = load_recipe(config.recipe.path, needs_reward=not (config.reward.models or config.reward.servers))
+    recipe = load_recipe(config.recipe.path, needs_reward=config.reward.needs_function)
     rows = load_rows(config.data, recipe, config.eval.prompts)
     if config.model.path is None:
         checkpoint = folder / "initial"
@@ -83,15 +83,15 @@ def dry_run(config: Config) -> str:
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
     lines = [str(task.plan), "the first prompt, as the model sees it:", task.prompts[0].text, ""]
-    tried = task.prompts[:4]
+    if config.reward.models:
+        lines.append(f"not started, and so missing from rewards here: reward models {', '.join(config.reward.models)}")
     section = config.reward.model_copy(update={"on_error": "fail"})
     reward = Judges(section, RewardFunction(recipe=config.recipe.path, section=section), {}, config.run.seed)
+    tried = task.prompts[:4] if reward.names else []
     for t in reward.score(tried, [[Completion(prompt.text, "", (), "stop")] for prompt in tried]):
         parts = f" {t.score.parts}" if t.score and t.score.parts else ""
         value = t.score.value if t.score else None
         lines.append(f"reward of an empty answer to {t.prompt.question!r:.200}: {value}{parts}")
-    if config.reward.models:
-        lines.append(f"(without the reward models {', '.join(config.reward.models)}, which aren't started here)")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ import httpx2
 from rlhf.calls import make_caller
 from rlhf.recipe import Verdict, verdict
 from rlhf.types import Completion, Problem, Prompt, Score
+
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request would bury the role's log
 
 ATTEMPTS = 3
 RETRY_AFTER_S = 0.2  # doubled each time

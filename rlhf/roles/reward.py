@@ -72,7 +72,7 @@ class RewardFunction:
 
     def __init__(self, *, recipe: str, section: config.Reward) -> None:
         self.section = section
-        self.recipe = load_recipe(recipe, needs_reward=not (section.models or section.servers))
+        self.recipe = load_recipe(recipe, needs_reward=section.needs_function)
         self.sources: list[Source] = [self.recipe] if self.recipe.has_reward else []
         if section.servers:
             from rlhf.reward_server import RewardServer  # an HTTP client is loaded where it is used

@@ -11,10 +11,15 @@ from typing import Any
 from rlhf.judging import Judges
 from rlhf.types import Completion, Prompt, Score, Trajectory
 
-# A request's JSON -> the answer's JSON, or the whole answer: (status, body).
+# A request's JSON -> the answer's JSON, or the whole answer: (status, body or its pieces).
 Answer = Callable[[dict[str, Any]], Any]
 Make = Callable[..., Judges]  # the fixture make_judges
 Serve = Callable[..., "RewardHttp"]  # the fixture serve
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *args: Any) -> None:
+        """A client that has gone away is what some tests are about."""
 
 
 class RewardHttp:
@@ -37,14 +42,16 @@ class RewardHttp:
                 found = outer.answer(request)
                 status, body = found if isinstance(found, tuple) else (200, json.dumps(found))
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(body.encode())))
+                if isinstance(body, str):
+                    self.send_header("Content-Length", str(len(body.encode())))
                 self.end_headers()
-                self.wfile.write(body.encode())
+                for piece in [body] if isinstance(body, str) else body:
+                    self.wfile.write(piece.encode())
 
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/judge"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 

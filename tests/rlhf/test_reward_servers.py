@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import date
 from typing import Any
 
 import pytest
@@ -31,6 +32,15 @@ def test_a_server_is_told_the_group_and_asked_once(make_judges: Make, serve: Ser
             ],
         }
     ]
+
+
+def test_a_server_sees_the_conversation_and_columns_that_json_does_not_know(make_judges: Make, serve: Serve) -> None:
+    server = serve(lambda r: {"scores": [1.0]})
+    asked = {"role": "user", "content": "hi"}
+    prompt = Prompt(0, "rendered", (1,), {"day": date(2026, 1, 2)}, (asked,))
+    make_judges("", servers={"s": server.url}).score([prompt], [[Completion("rendered", "x", (7,), "stop", (-1.0,))]])
+    (request,) = server.requests
+    assert (request["messages"], request["columns"]) == ([asked], {"day": "2026-01-02"})
 
 
 WRONG = {
@@ -78,10 +88,13 @@ def test_one_bad_score_costs_its_answer_alone(make_judges: Make, serve: Serve, b
     assert [t.problem is None for t in found] == [True, False, True]
 
 
-def test_a_slow_server_is_given_up_and_the_step_is_not_lost(make_judges: Make, serve: Serve) -> None:
+@pytest.mark.parametrize("way", ["says nothing", "never ends"])
+def test_a_slow_server_is_given_up_and_the_step_is_not_lost(make_judges: Make, serve: Serve, way: str) -> None:
     go = threading.Event()
 
-    def slow(request: dict[str, Any]) -> dict[str, Any]:
+    def slow(request: dict[str, Any]) -> Any:
+        if request["prompt"] == "slow" and way == "never ends":
+            return 200, (" " for _ in iter(lambda: go.wait(0.05), True))
         if request["prompt"] == "slow":
             assert go.wait(LONG_S)
         return numbers(request)
@@ -90,13 +103,13 @@ def test_a_slow_server_is_given_up_and_the_step_is_not_lost(make_judges: Make, s
     prompts = [Prompt(0, "slow", (1,)), Prompt(1, "fast", (1,))]
     answers = [[Completion(p.text, "1", (7,), "stop", (-1.0,))] * 2 for p in prompts]
     try:
-        judges = make_judges(NUMBER, servers={"s": server.url}, timeout_s=0.5, on_error="penalty", penalty=-3)
+        judges = make_judges(NUMBER, servers={"s": server.url}, timeout_s=1, on_error="penalty", penalty=-3)
         for _ in range(2):  # the next step finds the server's caller whole
             found = judges.score(prompts, answers)
             assert values(found) == [-2.0, -2.0, 2.0, 2.0]
             assert rollout_metrics(found)["reward/timeouts"] == 2 and rollout_metrics(found)["reward/errors"] == 0
-        judges = make_judges(NUMBER, servers={"s": server.url}, timeout_s=0.5)
-        with pytest.raises(ValueError, match=rf"^reward server s \({server.url}\) did not return within 0\.5 s, for"):
+        judges = make_judges(NUMBER, servers={"s": server.url}, timeout_s=1)
+        with pytest.raises(ValueError, match=rf"^reward server s \({server.url}\) did not return within 1 s, for"):
             judges.score(prompts, answers)
     finally:
         go.set()
