@@ -31,10 +31,10 @@ from rlhf.algorithms import Algorithm
 from rlhf.cluster.local import LocalCluster
 from rlhf.config import Config, load_config
 from rlhf.data import PromptStream
+from rlhf.judging import Judges, spawn_judges
 from rlhf.launch import Task, prepare
 from rlhf.packing import pack
 from rlhf.roles.policy import Policy
-from rlhf.roles.reward import RewardFunction
 from rlhf.types import Completion, Prompt
 from rollout_engine import SamplingParams
 from rollout_engine.models.checkpoint import architecture
@@ -97,7 +97,7 @@ class Ours:
         decoder.register_forward_hook(lambda *_: clock.stop())
         self.num_samples = 0
 
-    def step(self, prompts: Sequence[Prompt], sampling: SamplingParams, reward: RewardFunction) -> int:
+    def step(self, prompts: Sequence[Prompt], sampling: SamplingParams, reward: Judges) -> int:
         """Tokens of the batch."""
         clock = self.clock
         with clock.time("generate"):
@@ -127,7 +127,7 @@ class Peer:
         self.model = model_class.from_pretrained(task.checkpoint)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.train.lr, betas=config.train.betas)
 
-    def step(self, prompts: Sequence[Prompt], sampling: SamplingParams, reward: RewardFunction) -> int:
+    def step(self, prompts: Sequence[Prompt], sampling: SamplingParams, reward: Judges) -> int:
         """Tokens of the batch, without padding."""
         clock = self.clock
         with clock.time("generate"):
@@ -198,7 +198,7 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
         cluster = LocalCluster(config.cluster)
-        reward = RewardFunction(recipe=config.recipe.path, section=config.reward, seed=config.run.seed)
+        reward = spawn_judges(config, cluster)
         engines: dict[str, Ours | Peer] = {
             "onpolicy": Ours(config, task, cluster, Path(folder), clock),
             "transformers": Peer(config, task, clock),

@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from rlhf import algorithms
@@ -86,18 +87,56 @@ class WarmStart(Section):
     lr: PositiveFloat = 1e-3
 
 
+ComponentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # a part of a component's is NAME/part
+
+
 class Reward(Section):
-    """How the recipe's ``reward`` is called. A call that raises, takes longer than ``timeout_s`` or returns what is no
-    score ends the run (``on_error: fail``), or its answers score ``penalty`` and are counted (``on_error: penalty``).
+    """Who judges the answers: the recipe's ``reward`` (the component ``function``), reward models (checkpoints by name)
+    and HTTP reward servers (addresses by name). The reward is the sum of weight x component; a component that isn't in
+    ``weights`` has 1, one of weight 0 is judged and logged and counts nothing.
+
+    ``model_scale`` probability: a reward model's score s counts as sigmoid(s - midpoint), with the midpoint of the
+    ``calibration.json`` beside its weights; raw: as s.
+
+    A call of the function or a server that raises, takes longer than ``timeout_s`` or returns what is no score ends
+    the run (``on_error: fail``), or the component is ``penalty`` and the answers are counted (``on_error: penalty``).
 
     ``shuffle`` hands the rewards of a step to random answers: a control in which nothing can be learnt.
     """
 
+    models: dict[ComponentName, str] = {}
+    servers: dict[ComponentName, Annotated[str, Field(pattern=r"^https?://.+")]] = {}
+    weights: dict[str, FiniteFloat] = {}
+    model_scale: Literal["probability", "raw"] = "probability"
     timeout_s: PositiveFloat = 10.0
     on_error: Literal["fail", "penalty"] = "fail"
     penalty: FiniteFloat = 0.0
-    concurrency: PositiveInt | None = None  # calls at a time; None: 4 in threads, or 64 of an `async def`
+    concurrency: PositiveInt | None = None  # calls at a time; None: 4 in threads, 64 of an `async def` or to a server
     shuffle: bool = False
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Reward:
+        known = ["function", *self.models, *self.servers]
+        for name in known:
+            if known.count(name) > 1:
+                raise ValueError(f"reward: two components are called {name!r}; `function` is the recipe's")
+        for name in self.weights:
+            if name not in known:
+                raise ValueError(f"reward.weights names {name!r}; the components are {', '.join(known)}")
+        return self
+
+    def weight(self, component: str) -> float:
+        return self.weights.get(component, 1.0)
+
+    @property
+    def needs_function(self) -> bool:
+        """There is nobody else to judge."""
+        return not (self.models or self.servers)
+
+    @property
+    def model_roles(self) -> dict[str, str]:
+        """Names of the reward models' roles, by component."""
+        return {name: "reward_model" if len(self.models) == 1 else f"reward_model-{name}" for name in self.models}
 
 
 class Rollout(Section):
@@ -192,17 +231,27 @@ class Config(Section):
     train: Train
     critic: RoleSection = RoleSection()
     reference: RoleSection = RoleSection()
+    reward_model: RoleSection = RoleSection()
     cluster: Cluster = Cluster()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
+    @model_validator(mode="after")
+    def _check_reward_model(self) -> Config:
+        if self.reward_model.path is not None:
+            raise ValueError(
+                f"reward_model.path={self.reward_model.path!r}: reward models are named in reward.models, such as "
+                "reward.models={helpful: CHECKPOINT}"
+            )
+        return self
+
     def of_role(self, role: str) -> tuple[ModelSection, Train, int]:
-        """Model, training and number of ranks of ``policy``, ``critic`` or ``reference``; where its section says
-        nothing, the policy's, but for ``model.path``, which is then None."""
+        """Model, training and number of ranks of ``policy``, ``critic``, ``reference`` or a reward model (see
+        ``Reward.model_roles``); where its section says nothing, the policy's, but for ``model.path``, then None."""
         if role == "policy":
             return self.model, self.train, self.cluster.num_ranks
-        section: RoleSection = getattr(self, role)
+        section: RoleSection = getattr(self, role.partition("-")[0])  # all reward models have one
         own = {key: value for key, value in section.model_dump().items() if value is not None}
         model = self.model.model_copy(update={key: own[key] for key in own if key in ModelSection.model_fields})
         train = self.train.model_copy(update={key: own[key] for key in own if key in Train.model_fields})
@@ -284,7 +333,7 @@ def _explain(error: ValidationError, root: Any, prefix: str = "") -> str:
             near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0)
             meant = prefix + ".".join([*path[:-1], *near])
             lines.append(f"unknown key {key!r}; did you mean {meant!r}? Known: {', '.join(known)}")
-        elif not path:  # what the section says of itself names its keys
+        elif not path or problem["type"] == "value_error":  # what a section says of itself names its keys
             lines.append(problem["msg"].removeprefix("Value error, "))
         elif problem["type"] == "missing":
             lines.append(f"{key} is missing and has no default")

@@ -13,6 +13,7 @@ from rlhf.cluster import Cluster, make_cluster
 from rlhf.config import Config, dump_config
 from rlhf.data import Renderer, load_rows, tokenize
 from rlhf.evaluate import Evaluation
+from rlhf.judging import Judges, check_judges
 from rlhf.plan import Plan, check
 from rlhf.recipe import Recipe, load_recipe
 from rlhf.roles.reward import RewardFunction
@@ -51,7 +52,7 @@ def prepare(config: Config, folder: Path) -> Task:
     from rollout_engine.models import family
     from rollout_engine.models.checkpoint import load_hf_config, load_tokenizer, open_weights, resolve
 
-    recipe = load_recipe(config.recipe.path)
+    recipe = load_recipe(config.recipe.path, needs_reward=config.reward.needs_function)
     rows = load_rows(config.data, recipe, config.eval.prompts)
     if config.model.path is None:
         checkpoint = folder / "initial"
@@ -68,23 +69,29 @@ def prepare(config: Config, folder: Path) -> Task:
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *eval_prompts))
     decoder = check(config, hf_config, tokenizer, longest)
     open_weights(checkpoint, family(hf_config).name_map(decoder))
-    plan = Plan(config, decoder, rows.source, len(prompts), dropped, len(eval_prompts))
+    judges = check_judges(config, recipe, tokenizer, prompts[0], longest + config.rollout.max_tokens)
+    plan = Plan(config, decoder, judges, rows.source, len(prompts), dropped, len(eval_prompts))
     return Task(recipe, checkpoint, tokenizer, prompts, eval_prompts, plan)
 
 
 def dry_run(config: Config) -> str:
-    """The plan, a prompt as the model sees it, and the reward of an empty answer to four; starts nothing.
+    """The plan, a prompt as the model sees it, and what function and servers say to an empty answer to four of them;
+    starts nothing.
 
     Raises ValueError for a reward that fails, whatever ``reward.on_error`` says.
     """
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
     lines = [str(task.plan), "the first prompt, as the model sees it:", task.prompts[0].text, ""]
-    tried = task.prompts[:4]
+    if config.reward.models:
+        lines.append(f"not started, and so missing from rewards here: reward models {', '.join(config.reward.models)}")
     section = config.reward.model_copy(update={"on_error": "fail"})
-    reward = RewardFunction(recipe=config.recipe.path, section=section, seed=config.run.seed)
+    reward = Judges(section, RewardFunction(recipe=config.recipe.path, section=section), {}, config.run.seed)
+    tried = task.prompts[:4] if reward.names else []
     for t in reward.score(tried, [[Completion(prompt.text, "", (), "stop")] for prompt in tried]):
-        lines.append(f"reward of an empty answer to {t.prompt.question!r:.200}: {t.score.value if t.score else None}")
+        parts = f" {t.score.parts}" if t.score and t.score.parts else ""
+        value = t.score.value if t.score else None
+        lines.append(f"reward of an empty answer to {t.prompt.question!r:.200}: {value}{parts}")
     return "\n".join(lines)
 
 
@@ -121,8 +128,11 @@ def launch(config: Config) -> Result:
         before, after = train(config, algorithm, cluster, tracker, run, checkpoint, task.prompts, task.eval_prompts)
         draw_curve(tracker.history, before, run.path / "curve.png")
         console.line(before_and_after(before, after))
-        gain = f"{before.metrics['eval/accuracy']:.3f} -> {after.metrics['eval/accuracy']:.3f}"
-        console.line(f"held-out accuracy {gain}; curve, samples and checkpoint in {run.path}")
+        gain = {axis: [f"{e.metrics[f'eval/{axis}']:.3f}" for e in (before, after)] for axis in ("accuracy", "reward")}
+        if gain["accuracy"] == gain["reward"]:
+            del gain["reward"]
+        gains = ", ".join(f"{axis} {' -> '.join(ends)}" for axis, ends in gain.items())
+        console.line(f"held-out {gains}; curve, samples and checkpoint in {run.path}")
         finished = True
     finally:
         if cluster:

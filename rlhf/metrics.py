@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterable, Sequence
 
 from rlhf.algorithms import Algorithm
-from rlhf.types import Batch, Trajectory, WeightUpdate
+from rlhf.types import Batch, Score, Trajectory, WeightUpdate
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Rewards with their parts (``reward/part/<name>``, so that no name of a user's hides one of ours), and lengths.
 
-    ``reward/unjudged`` is a share; ``reward/errors`` and ``reward/timeouts`` count answers that score the penalty.
+    ``reward/unjudged`` is a share; ``reward/errors`` and ``reward/timeouts`` count answers of which
+    a component is the penalty.
     """
     scores = [t.score for t in trajectories if t.score is not None]
     values = [score.value for score in scores]
@@ -31,10 +32,16 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "length/truncated": sum(t.truncated for t in trajectories) / len(trajectories),
         "length/answer_tokens": sum(lengths),
     }
+    return {**metrics, **part_means("reward", scores)}
+
+
+def part_means(section: str, scores: Sequence[Score]) -> dict[str, float]:
+    """Means of the parts of scores, as ``section/part/<name>``, each over the scores that have it."""
+    means = {}
     for part in sorted({name for score in scores for name in score.parts}):
         values = [score.parts[part] for score in scores if part in score.parts]
-        metrics[f"reward/part/{part}"] = sum(values) / len(values)
-    return metrics
+        means[f"{section}/part/{part}"] = sum(values) / len(values)
+    return means
 
 
 def _flat_groups(trajectories: Sequence[Trajectory]) -> float:

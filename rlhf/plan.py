@@ -19,6 +19,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 class Plan:
     config: Config
     decoder: DecoderConfig
+    judges: list[str]  # what the reward is the sum of, in words
     source: str  # of the prompts
     num_prompts: int
     num_dropped: int
@@ -31,7 +32,8 @@ class Plan:
         rows = c.rollout.prompts_per_step * c.rollout.samples_per_prompt
         algorithm = c.make_algorithm()
         axes = "  ".join(f"{key}={spell(value)}" for key, value in c.algorithm.items() if key != "name")
-        roles = ", ".join(["policy (trainer + engine)", "reward function", *algorithm.roles])
+        models = [f"reward model {name}" for name in c.reward.models]
+        roles = ", ".join(["policy (trainer + engine)", "reward", *models, *algorithm.roles])
         ranks = c.cluster.num_ranks
         swap = "shared: the engine runs on the trainer's storage, 0 bytes a step"
         if c.train.zero_stage == 3:
@@ -44,13 +46,14 @@ class Plan:
             f"model       {parameters / 1e6:.2f} M parameters, {c.model.dtype}, {parameters * size / GIB:.3f} GiB",
             f"roles       {roles}; cluster {c.cluster.kind}, {ranks} rank{'s' * (ranks > 1)} per model role, "
             f"{c.cluster.threads} threads each",
+            *_wrapped(f"reward      {' + '.join(self.judges)}"),
             f"training    DeepSpeed ZeRO {c.train.zero_stage}, AdamW, "
             f"{parameters * 12 / GIB:.3f} GiB of gradients and moments",
             f"weight swap {swap}",
             f"kv cache    {c.rollout.kv_cache_gib} GiB a rank = {self.kv_tokens} tokens, "
             f"pages of {c.rollout.page_size}",
             f"numerics    {self.numerics}",
-            *textwrap.wrap(f"algorithm   {c.algorithm['name']}: {axes}", 120, subsequent_indent=" " * 12),
+            *_wrapped(f"algorithm   {c.algorithm['name']}: {axes}"),
         ]
         return "\n".join(lines) + "\n"
 
@@ -65,6 +68,11 @@ class Plan:
     def kv_tokens(self) -> int:
         per_token = self.decoder.kv_bytes_per_token(ELEMENT_BYTES[self.config.model.dtype])
         return int(self.config.rollout.kv_cache_gib * GIB) // per_token
+
+
+def _wrapped(line: str) -> list[str]:
+    """Paths and addresses stay whole."""
+    return textwrap.wrap(line, 120, subsequent_indent=" " * 12, break_on_hyphens=False, break_long_words=False)
 
 
 def count_parameters(d: DecoderConfig) -> int:

@@ -2,7 +2,8 @@
 
 A module (by name or as a .py file) with
 
-* ``reward(completion, **columns) -> float | Score | None``, or ``reward(completions, **columns) -> list`` for
+* ``reward(completion, **columns) -> float | Score | None`` (may be left out where the config names reward models or
+  servers), or ``reward(completions, **columns) -> list`` for
   the whole group at once; further parameters are columns of the prompt rows, matched by name; ``def`` or ``async def``;
 * optional ``prompts(split)`` for splits "train" and "eval", or ``prompts()`` for training rows alone: rows
   ``{"prompt": text or messages, **columns}``, for configs without ``data.path``;
@@ -18,6 +19,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,13 @@ class Recipe:
     takes: tuple[str, ...]  # that it has a parameter for
     takes_any: bool  # it has **columns
     per_group: bool
+
+    name = "function"  # of its component of the reward
+    title = "reward()"  # in messages
+
+    @property
+    def has_reward(self) -> bool:
+        return callable(vars(self.module).get("reward"))
 
     @property
     def reward(self) -> Callable[..., Any]:
@@ -69,11 +78,18 @@ class Recipe:
     def verdicts(self, given: Any, count: int) -> list[Verdict]:
         """What a call of the reward returned, as scores of the ``count`` answers that it judged."""
         if not self.per_group:
-            return [_verdict(given)]
+            return [verdict(given)]
         if not isinstance(given, (list, tuple)) or len(given) != count:
             wrong = f"returned {given!r:.300}; for {count} answers it must return a list of {count} scores"
             return [Problem("error", wrong)] * count
-        return [_verdict(value) for value in given]
+        return [verdict(value) for value in given]
+
+    def described(self, error: BaseException) -> str:
+        """What a call that raised this did, with the recipe's line that it comes from."""
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == self.module.__file__]
+        place = f" ({Path(str(self.module.__file__)).name}, line {lines[-1]})" if lines else ""
+        return f"raised {type(error).__name__}: {error}{place}"
 
     @property
     def initial_model(self) -> Any:
@@ -90,7 +106,8 @@ class Recipe:
         return found
 
 
-def _verdict(value: Any) -> Verdict:
+def verdict(value: Any) -> Verdict:
+    """A score as a reward may give it: a number, a Score or None."""
     if value is None:
         return None
     try:
@@ -98,15 +115,18 @@ def _verdict(value: Any) -> Verdict:
             score = Score(float(value.value), {name: float(part) for name, part in value.parts.items()})
         else:
             score = Score(float(value))
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         return Problem("error", f"returned {value!r:.300}; it must return a number, a Score or None")
     if not all(map(math.isfinite, (score.value, *score.parts.values()))):
         return Problem("error", f"returned {value!r:.300}; rewards and their parts are finite numbers")
     return score
 
 
-def load_recipe(path: str) -> Recipe:
-    """Import a recipe by module name or .py file. Raises ValueError when it isn't there or has no reward."""
+def load_recipe(path: str, *, needs_reward: bool = True) -> Recipe:
+    """Import a recipe by module name or .py file.
+
+    Raises ValueError when it isn't there, or has no reward and ``needs_reward``.
+    """
     if path.endswith(".py"):
         file = Path(path).resolve()
         if not file.exists():
@@ -125,7 +145,9 @@ def load_recipe(path: str) -> Recipe:
                 f"recipe.path={path!r}: {error}; give a module such as recipes.arithmetic, or a .py file"
             ) from error
     if not callable(vars(module).get("reward")):
-        raise ValueError(f"recipe {path!r} has no function reward()")
+        if needs_reward:
+            raise ValueError(f"recipe {path!r} has no function reward(); write one, or name reward.models or .servers")
+        return Recipe(module, columns=(), takes=(), takes_any=False, per_group=False)
     parameters = list(inspect.signature(module.reward).parameters.values())
     if not parameters:
         raise ValueError(f"recipe {path!r}: reward() takes no parameter; its first one is the completion")

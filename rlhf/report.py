@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluate import Evaluation
+from rlhf.types import Trajectory
 
 
 def draw_curve(history: list[dict[str, Any]], before: Evaluation, path: Path) -> None:
-    """Training reward and held-out accuracy over steps, and the log-prob gap below, as a PNG."""
+    """Training reward, held-out accuracy and, where it differs, held-out reward over steps; the log-prob gap below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,10 +22,14 @@ def draw_curve(history: list[dict[str, Any]], before: Evaluation, path: Path) ->
     top.plot(
         [row["step"] for row in history], [row["reward/mean"] for row in history], color="0.7", label="training reward"
     )
-    marks = {before.step: before.metrics["eval/accuracy"]}
-    marks.update({row["eval/step"]: row["eval/accuracy"] for row in history if "eval/accuracy" in row})
-    top.plot(list(marks), list(marks.values()), "o-", color="tab:blue", label="held-out accuracy")
-    top.set(ylim=(0, 1.02), ylabel="share")
+    rows = [before.metrics, *(row for row in history if "eval/accuracy" in row)]
+    steps, accuracy = [row["eval/step"] for row in rows], [row["eval/accuracy"] for row in rows]
+    top.plot(steps, accuracy, "o-", color="tab:blue", label="held-out accuracy")
+    rewards = [row["eval/reward"] for row in rows]
+    if rewards != accuracy:
+        top.plot(steps, rewards, "s--", color="tab:orange", label="held-out reward")
+    shown = [*rewards, *(row["reward/mean"] for row in history)]
+    top.set(ylim=(min(0, *shown), max(1.02, *shown)), ylabel="share, reward")
     top.legend(loc="lower right")
     top.grid(alpha=0.3)
     gaps = {row["step"]: row["rollout/logprob_gap_max"] for row in history if "rollout/logprob_gap_max" in row}
@@ -42,8 +47,8 @@ def before_and_after(before: Evaluation, after: Evaluation, count: int = 8) -> s
         rows.append(
             (
                 _line(old.prompt.question),
-                _marked(old.completion.text, old.score),
-                _marked(new.completion.text, new.score),
+                _marked(before, old),
+                _marked(after, new),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -54,5 +59,5 @@ def _line(text: str) -> str:
     return text.replace("\n", " ")[:60]
 
 
-def _marked(text: str, score: Any) -> str:
-    return f"{_line(text)} {'✓' if score is not None and score.value >= 1 else '✗'}"
+def _marked(evaluation: Evaluation, t: Trajectory) -> str:
+    return f"{_line(t.completion.text)} {'✓' if t.score is not None and evaluation.is_right(t.score) else '✗'}"

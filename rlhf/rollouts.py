@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 
 from rlhf.config import Config
 from rlhf.data import PromptStream
+from rlhf.judging import Judges
 from rlhf.roles.policy import Policy
-from rlhf.roles.reward import RewardFunction
 from rlhf.types import Prompt, Trajectory
 from rollout_engine import SamplingParams
 
@@ -18,7 +18,7 @@ Phase = Callable[[str], AbstractContextManager[None]]  # shows and times what go
 class Rollouts:
     """Batches of judged answers, step after step."""
 
-    def __init__(self, config: Config, policy: Policy, reward: RewardFunction, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, config: Config, policy: Policy, reward: Judges, prompts: Sequence[Prompt]) -> None:
         rollout = config.rollout
         self.policy = policy
         self.reward = reward

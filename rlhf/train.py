@@ -13,12 +13,12 @@ from rlhf.algorithms import Algorithm
 from rlhf.cluster import Cluster
 from rlhf.config import Config
 from rlhf.evaluate import Evaluation, evaluate
+from rlhf.judging import Judges, spawn_judges
 from rlhf.metrics import batch_metrics, mean_of, merged, rollout_metrics, swap_metrics, timing
 from rlhf.packing import pack
 from rlhf.roles.critic import Critic
 from rlhf.roles.policy import Policy
 from rlhf.roles.reference import Reference
-from rlhf.roles.reward import RewardFunction
 from rlhf.rollouts import Rollouts
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
@@ -30,7 +30,7 @@ class Roles:
     """``scorers`` fill a column of the batch before the update, in this order; ``learners`` by name."""
 
     policy: Policy
-    reward: RewardFunction
+    reward: Judges
     scorers: list[Any]
     learners: dict[str, Policy | Critic]
 
@@ -50,9 +50,7 @@ def spawn_roles(config: Config, algorithm: Algorithm, cluster: Cluster, run: Run
         return cluster.spawn(name, role, ranks=ranks, checkpoint=weights, model=model, train=train, **arguments)
 
     policy = spawn("policy", Policy, rollout=config.rollout, seed=config.run.seed, **learning)
-    reward = cluster.spawn(
-        "reward", RewardFunction, recipe=config.recipe.path, section=config.reward, seed=config.run.seed
-    )
+    reward = spawn_judges(config, cluster)
     scorers, learners = [], {"policy": policy}
     if "reference" in algorithm.roles:
         scorers.append(spawn("reference", Reference))

@@ -60,7 +60,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why an answer has no reward of its own; under ``reward.on_error: penalty`` it scores ``reward.penalty``."""
+    """Why a component of the reward didn't score an answer; under ``reward.on_error: penalty`` it is the penalty."""
 
     kind: str  # "error": raised, or returned what is no score | "timeout"
     message: str
@@ -77,7 +77,7 @@ class Trajectory:
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # True on sampled tokens
     logprobs: tuple[float, ...]  # of the sampler; 0 where loss_mask is False
-    problem: Problem | None = None  # the score is the penalty for it
+    problem: Problem | None = None  # a component of the score is the penalty for it
 
     @classmethod
     def from_completion(

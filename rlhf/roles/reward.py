@@ -1,32 +1,58 @@
-"""Rewards from the recipe's function, which runs in the background while answers are still being sampled."""
+"""Scores from the recipe's function and from reward servers, which work while answers are still being sampled."""
 
 from __future__ import annotations
 
 import logging
-import random
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf import config
 from rlhf.calls import Overdue, make_caller
 from rlhf.recipe import Verdict, load_recipe
-from rlhf.types import Completion, Problem, Prompt, Score, Trajectory
+from rlhf.types import Completion, Problem, Prompt
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25  # between looks for calls that hang
 
 
+class Source(Protocol):
+    """Who judges: a recipe, or a reward server."""
+
+    @property
+    def name(self) -> str:
+        """Of its component of the reward."""
+
+    @property
+    def title(self) -> str:
+        """In messages."""
+
+    @property
+    def per_group(self) -> bool:
+        """A call judges all answers to a prompt, not one."""
+
+    @property
+    def reward(self) -> Callable[..., Any]:
+        """``reward(answer or answers, **arguments)``; ``def`` or ``async def``."""
+
+    def arguments(self, prompt: Prompt) -> dict[str, Any]: ...
+
+    def verdicts(self, given: Any, count: int) -> list[Verdict]:
+        """What a call returned, as scores of the ``count`` answers that it judged."""
+
+    def described(self, error: BaseException) -> str:
+        """What a call that raised this did."""
+
+
 @dataclass(frozen=True)
 class _Call:
-    """A call of ``reward``, and the answers that it judges: one, or a whole group."""
+    """A call of a source, and the numbers of the group's answers that it judges: one, or all."""
 
-    answers: Sequence[Completion]
+    source: Source
+    answers: range
     future: Future[Any]
 
 
@@ -34,99 +60,106 @@ class _Call:
 class _Group:
     index: int
     prompt: Prompt
+    answers: Sequence[Completion]
     calls: list[_Call]
 
 
 class RewardFunction:
     """Args:
-    recipe: module name or .py file with ``reward``. section: what a failure means, timeouts, the control ``shuffle``.
-    seed: of the control.
+    recipe: module name or .py file; its ``reward`` is the source ``function``. section: servers, what a failure means,
+    timeouts.
     """
 
-    def __init__(self, *, recipe: str, section: config.Reward, seed: int) -> None:
-        self.recipe = load_recipe(recipe)
+    def __init__(self, *, recipe: str, section: config.Reward) -> None:
         self.section = section
-        self.random = random.Random(seed)
-        self.caller = make_caller(self.recipe.reward, section.timeout_s, section.concurrency)
+        self.recipe = load_recipe(recipe, needs_reward=section.needs_function)
+        self.sources: list[Source] = [self.recipe] if self.recipe.has_reward else []
+        if section.servers:
+            from rlhf.reward_server import RewardServer  # an HTTP client is loaded where it is used
+
+            self.sources += [RewardServer(name, url) for name, url in section.servers.items()]
+        # Each has a caller of its own, so that one that hangs doesn't hold up the others.
+        self.callers = {
+            source.name: make_caller(source.reward, section.timeout_s, section.concurrency) for source in self.sources
+        }
         self.groups: list[_Group] = []
+
+    def names(self) -> list[str]:
+        """Of the components that it judges."""
+        return [source.name for source in self.sources]
 
     def submit(self, finished: Sequence[tuple[int, Prompt, Sequence[Completion]]]) -> None:
         """Start to judge finished groups (number, prompt, answers); returns at once."""
-        self.caller.watch()
+        self._watch()
         for group, prompt, completions in finished:
-            self.groups.append(_Group(group, prompt, self._start(prompt, completions)))
+            calls = [call for source in self.sources for call in self._start(source, prompt, completions)]
+            self.groups.append(_Group(group, prompt, completions, calls))
 
-    def _start(self, prompt: Prompt, completions: Sequence[Completion]) -> list[_Call]:
-        columns = self.recipe.arguments(prompt)
+    def _start(self, source: Source, prompt: Prompt, completions: Sequence[Completion]) -> list[_Call]:
+        start, arguments = self.callers[source.name].start, source.arguments(prompt)
         seen = [_with_messages(prompt, completion) for completion in completions]
-        if self.recipe.per_group:
-            return [_Call(completions, self.caller.start(partial(self.recipe.reward, seen, **columns)))]
-        futures = [self.caller.start(partial(self.recipe.reward, answer, **columns)) for answer in seen]
-        return [_Call([answer], future) for answer, future in zip(completions, futures, strict=True)]
+        if source.per_group:
+            return [_Call(source, range(len(seen)), start(partial(source.reward, seen, **arguments)))]
+        return [
+            _Call(source, range(i, i + 1), start(partial(source.reward, answer, **arguments)))
+            for i, answer in enumerate(seen)
+        ]
 
-    def collect(self, *, control: bool = False) -> list[Trajectory]:
-        """Everything submitted since the last time, judged, in the order of the groups.
+    def _watch(self) -> None:
+        for caller in self.callers.values():
+            caller.watch()
 
-        Bounded: a call has ``reward.timeout_s`` from its start. ``control`` applies ``reward.shuffle`` (training does,
-        evaluation never). Raises ValueError when too many calls hang, and, under ``reward.on_error: fail``, for the
-        first one that went wrong.
+    def collect(self) -> list[dict[str, Verdict]]:
+        """Of everything submitted since the last time, by component, the answers in the order of the groups.
+
+        Bounded: a call has ``reward.timeout_s`` from its start. Raises ValueError when too many calls hang, and, under
+        ``reward.on_error: fail``, for the first one that went wrong.
         """
         groups, self.groups = sorted(self.groups, key=lambda group: group.index), []
         futures = [call.future for group in groups for call in group.calls]
         while not _settled(futures, at_first_failure=self.section.on_error == "fail"):
-            self.caller.watch()
-        judged = [(group, answer, verdict) for group in groups for answer, verdict in self._verdicts(group)]
-        self._report([(group.prompt, answer, v) for group, answer, v in judged if isinstance(v, Problem)], len(judged))
-        verdicts = [verdict for _, _, verdict in judged]
-        if control and self.section.shuffle:
-            self.random.shuffle(verdicts)
-        return [
-            self._trajectory(group, answer, verdict)
-            for (group, answer, _), verdict in zip(judged, verdicts, strict=True)
+            self._watch()
+        verdicts = [_verdicts(group) for group in groups]
+        answers = [(group.prompt, answer) for group in groups for answer in group.answers]
+        found = [by_component for of_group in verdicts for by_component in of_group]
+        self._report(answers, found)
+        return found
+
+    def _report(self, answers: list[tuple[Prompt, Completion]], found: list[dict[str, Verdict]]) -> None:
+        """Raise for the first answer that lacks a score, or log it."""
+        failed = [
+            (*answer, problems[0])
+            for answer, verdicts in zip(answers, found, strict=True)
+            if (problems := [verdict for verdict in verdicts.values() if isinstance(verdict, Problem)])
         ]
-
-    def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], *, control: bool = False
-    ) -> list[Trajectory]:
-        """Judge the answers to these prompts: :meth:`submit` and :meth:`collect`."""
-        self.submit([(group, *pair) for group, pair in enumerate(zip(prompts, completions, strict=True))])
-        return self.collect(control=control)
-
-    def _verdicts(self, group: _Group) -> Iterator[tuple[Completion, Verdict]]:
-        for call in group.calls:
-            if not call.future.done():  # another one failed, and under `fail` that is the end
-                continue
-            error = call.future.exception()
-            if error is None:
-                verdicts = self.recipe.verdicts(call.future.result(), len(call.answers))
-            elif isinstance(error, Overdue):
-                verdicts = [Problem("timeout", str(error))] * len(call.answers)
-            else:
-                verdicts = [Problem("error", f"raised {self._described(error)}")] * len(call.answers)
-            yield from zip(call.answers, verdicts, strict=True)
-
-    def _described(self, error: BaseException) -> str:
-        """Type and message of an exception, and the recipe's line that it comes from."""
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == self.recipe.module.__file__]
-        place = f" ({Path(str(self.recipe.module.__file__)).name}, line {lines[-1]})" if lines else ""
-        return f"{type(error).__name__}: {error}{place}"
-
-    def _report(self, failed: list[tuple[Prompt, Completion, Problem]], count: int) -> None:
-        """Raise for the first answer without a reward, or log it."""
         if not failed:
             return
         prompt, answer, problem = failed[0]
-        what = f"reward() {problem.message}, for prompt {prompt.question!r:.300} and answer {answer.text!r:.300}"
+        what = f"{problem.message}, for prompt {prompt.question!r:.300} and answer {answer.text!r:.300}"
         if self.section.on_error == "fail":
             raise ValueError(f"{what}. Mend it, or set reward.on_error=penalty")
-        log.warning("%d of %d answers score the penalty %g: %s", len(failed), count, self.section.penalty, what)
+        log.warning("%d of %d answers score the penalty %g: %s", len(failed), len(answers), self.section.penalty, what)
 
-    def _trajectory(self, group: _Group, answer: Completion, verdict: Verdict) -> Trajectory:
-        if isinstance(verdict, Problem):
-            penalty = Score(self.section.penalty)
-            return Trajectory.from_completion(group.prompt, answer, group.index, penalty, verdict)
-        return Trajectory.from_completion(group.prompt, answer, group.index, verdict)
+
+def _verdicts(group: _Group) -> list[dict[str, Verdict]]:
+    """Of each answer, by component."""
+    found: list[dict[str, Verdict]] = [{} for _ in group.answers]
+    for call in group.calls:
+        if not call.future.done():  # another one failed, and under `fail` that is the end
+            continue
+        source, count = call.source, len(call.answers)
+        error = call.future.exception()
+        if error is None:
+            verdicts = source.verdicts(call.future.result(), count)
+        elif isinstance(error, Overdue):
+            verdicts = [Problem("timeout", str(error))] * count
+        else:
+            verdicts = [Problem("error", source.described(error))] * count
+        for answer, verdict in zip(call.answers, verdicts, strict=True):
+            if isinstance(verdict, Problem):
+                verdict = replace(verdict, message=f"{source.title} {verdict.message}")
+            found[answer][source.name] = verdict
+    return found
 
 
 def _settled(futures: Sequence[Future[Any]], *, at_first_failure: bool) -> bool:

@@ -22,7 +22,7 @@ from rlhf.cluster import RoleDied
 from rlhf.config import Cluster, Reward
 from rlhf.division import Join, over_ranks
 from rlhf.roles.reward import RewardFunction
-from rlhf.types import Completion, Prompt
+from rlhf.types import Completion, Prompt, Score
 
 MOVING = ("time/", "throughput/", "memory/")
 ALL_PATHS = ["algorithm.kl_coef=0.01", "algorithm.updates_per_rollout=2", "run.steps=3", "train.lr=1e-2"]
@@ -123,13 +123,13 @@ def test_a_call_that_hangs_ends_with_the_roles_name(cluster) -> None:  # type: i
 
 
 def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # type: ignore[no-untyped-def]
-    judge = {"recipe": "recipes.arithmetic", "section": Reward(), "seed": 0}
+    judge = {"recipe": "recipes.arithmetic", "section": Reward()}
     reward = cluster.spawn("judge", RewardFunction, **judge)
-    assert reward.score([], []) == []
+    assert reward.collect() == []
     (pid,) = reward._pids
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RoleDied, match=rf"role judge \(pid {pid}\) died during score\(\)"):
-        reward.score([], [])
+    with pytest.raises(RoleDied, match=rf"role judge \(pid {pid}\) died during collect\(\)"):
+        reward.collect()
     cluster.stop(reward)
     for _ in range(9):  # a bundle holds eight at once
         cluster.stop(cluster.spawn("event", threading.Event))
@@ -142,14 +142,14 @@ def test_a_reward_works_in_its_actor_after_submit_has_returned(cluster, tmp_path
         "    while not (HERE / 'go').exists(): time.sleep(0.01)\n    return float(completion.text)"
     )
     recipe = str(tmp_path / "waits.py")
-    judge = cluster.spawn("judge", RewardFunction, recipe=recipe, section=Reward(timeout_s=60), seed=0)
+    judge = cluster.spawn("judge", RewardFunction, recipe=recipe, section=Reward(timeout_s=60))
     for group in (1, 0):  # a call that waits for the reward would end after 2 s, as the cluster says
         judge.submit([(group, Prompt(group, "p", (1,)), [Completion("p", str(group), (7,), "stop", (-1.0,))])])
         deadline = time.monotonic() + 60
         while not (tmp_path / "started").exists():
             assert time.monotonic() < deadline
     (tmp_path / "go").touch()
-    assert [(t.group, t.score and t.score.value) for t in judge.collect()] == [(0, 0.0), (1, 1.0)]
+    assert judge.collect() == [{"function": Score(0.0)}, {"function": Score(1.0)}]
     cluster.stop(judge)
 
 
@@ -224,7 +224,7 @@ def test_a_port_taken_meanwhile_is_tried_once_more(cluster, tmp_path: Path) -> N
 
 def test_an_error_in_a_role_keeps_its_type_and_message(cluster) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=r"recipe\.path='no_such_module'"):
-        cluster.spawn("judge", RewardFunction, recipe="no_such_module", section=Reward(), seed=0)
+        cluster.spawn("judge", RewardFunction, recipe="no_such_module", section=Reward())
 
 
 def test_shuffled_metrics_differ(run_training: Callable[..., Path]) -> None:

@@ -1,19 +1,23 @@
-"""A tiny checkpoint and a policy factory for the training tests, in this process and on the CPU."""
+"""A tiny checkpoint, a policy factory, and judges with their servers, in this process and on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from reward_http import Answer, Make, RewardHttp, Serve
 from transformers import Qwen3Config
 
 from rlhf.algorithms import Algorithm
 from rlhf.algorithms.grpo import GRPO
 from rlhf.cluster.worker import Rendezvous, set_rendezvous
-from rlhf.config import ModelSection, Rollout, Train
+from rlhf.config import ModelSection, Reward, Rollout, Train
+from rlhf.judging import Judges, ModelJudge
 from rlhf.roles.policy import Policy
+from rlhf.roles.reward import RewardFunction
 from rollout_engine.models import qwen3
 from rollout_engine.models.checkpoint import Model, save_model
 from rollout_engine.models.decoder import Decoder
@@ -73,5 +77,33 @@ def make_policy(odd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             seed=7,
             timeout_s=300,
         )
+
+    return make
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """``serve(answer, hang_up=0)``: a reward server that answers so."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers: list[RewardHttp] = []
+
+    def start(answer: Answer, hang_up: int = 0) -> RewardHttp:
+        servers.append(RewardHttp(answer, hang_up))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def make_judges(tmp_path: Path) -> Make:
+    """``make_judges(source, models, **section)``: on a recipe of this source, and on these reward models by name."""
+
+    def make(source: str, models: dict[str, ModelJudge] | None = None, seed: int = 0, **settings: Any) -> Judges:
+        (tmp_path / "mine.py").write_text(source)
+        models = models or {}
+        section = Reward(models={name: "checkpoint" for name in models}, **settings)
+        return Judges(section, RewardFunction(recipe=str(tmp_path / "mine.py"), section=section), models, seed)
 
     return make

@@ -14,6 +14,7 @@ import pytest
 from recipes import arithmetic
 from rlhf.config import Data, Reward
 from rlhf.data import PromptStream, Renderer, load_rows, tokenize
+from rlhf.judging import Judges
 from rlhf.recipe import load_recipe
 from rlhf.roles.reward import RewardFunction
 from rlhf.types import Completion, Prompt, Score
@@ -114,7 +115,7 @@ def judged(path: str, count: int = 2, columns: dict[str, Any] | None = None) -> 
 
 
 def judge(path: str, prompt: Prompt, answers: list[Completion]) -> list[Score | None]:
-    role = RewardFunction(recipe=path, section=Reward(), seed=0)
+    role = Judges(Reward(), RewardFunction(recipe=path, section=Reward()), {}, seed=0)
     return [t.score for t in role.score([prompt], [answers])]
 
 
@@ -232,7 +233,8 @@ def scored(write: Write, *, shuffle: bool, control: bool, seed: int = 0) -> list
         "def reward(completion):\n    number = int(completion.text)\n    return None if number % 10 == 9 else number"
     )
     answers = [[Completion("", str(4 * g + i), (7,), "stop", (-1.0,)) for i in range(4)] for g in range(8)]
-    role = RewardFunction(recipe=path, section=Reward(shuffle=shuffle), seed=seed)
+    section = Reward(shuffle=shuffle)
+    role = Judges(section, RewardFunction(recipe=path, section=section), {}, seed=seed)
     found = role.score(numbered(8), answers, control=control)
     assert [t.prompt.index for t in found] == [t.group for t in found]
     return [(t.completion.text, t.group, t.score.value if t.score else None) for t in found]

@@ -10,6 +10,7 @@ import pytest
 
 from recipes import arithmetic
 from rlhf.config import Reward, load_config
+from rlhf.judging import Judges
 from rlhf.launch import dry_run, launch
 from rlhf.roles.reward import RewardFunction
 from rlhf.types import Completion, Prompt, Score
@@ -82,7 +83,7 @@ def test_a_recipe_without_what_the_config_asks_for_is_refused(tmp_path: Path) ->
 
 def score_of(recipe: Path, columns: dict[str, object]) -> Score | None:
     """Of an empty answer."""
-    role = RewardFunction(recipe=str(recipe), section=Reward(), seed=0)
+    role = Judges(Reward(), RewardFunction(recipe=str(recipe), section=Reward()), {}, seed=0)
     return role.score([Prompt(0, "a", (1,), columns)], [[Completion("a", "", (), "stop")]])[0].score
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from rlhf import calls
 from rlhf.config import Reward
+from rlhf.judging import Judges
 from rlhf.metrics import rollout_metrics
 from rlhf.roles.reward import RewardFunction
 from rlhf.types import Completion, Problem, Prompt, Score, Trajectory
@@ -43,16 +44,17 @@ def leave():
 
 """
 
-Make = Callable[..., RewardFunction]
+Make = Callable[..., Judges]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """``make(source, **section)``: the role on a recipe file ``mine.py`` of this source."""
+    """``make(source, **section)``: judges with the role on a recipe file ``mine.py`` of this source alone."""
 
-    def run(source: str, **section: Any) -> RewardFunction:
+    def run(source: str, **settings: Any) -> Judges:
         (tmp_path / "mine.py").write_text(HEAD + source)
-        return RewardFunction(recipe=str(tmp_path / "mine.py"), section=Reward(**section), seed=0)
+        section = Reward(**settings)
+        return Judges(section, RewardFunction(recipe=str(tmp_path / "mine.py"), section=section), {}, seed=0)
 
     return run
 
@@ -66,8 +68,8 @@ def values(found: list[Trajectory]) -> list[float | None]:
     return [t.score.value if t.score else None for t in found]
 
 
-def module(role: RewardFunction) -> Any:
-    return role.recipe.module
+def module(role: Judges) -> Any:
+    return role.function.recipe.module
 
 
 WAITS = {
@@ -95,7 +97,7 @@ def test_submit_returns_while_the_reward_works(make: Make, waits: str) -> None:
     role.submit([(0, *group("1", "2"))])
     assert module(role).STARTED.wait(LONG_S)  # nobody has called collect
     role.submit([(1, *group("3"))])
-    assert not any(call.future.done() for g in role.groups for call in g.calls)
+    assert not any(call.future.done() for g in role.function.groups for call in g.calls)
     module(role).GO.set()
     assert values(role.collect()) == [1.0, 2.0, 3.0]
     assert role.collect() == []
@@ -281,13 +283,14 @@ def test_a_failure_does_not_wait_for_what_hangs(make: Make) -> None:
 
 def test_a_thread_that_was_left_behind_ends_when_it_wakes(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     role = make(HANGS["def"], timeout_s=0.2, on_error="penalty", concurrency=1)
-    assert isinstance(role.caller, calls.Threads)
-    (hung,) = role.caller.workers
+    caller = role.function.callers["function"]
+    assert isinstance(caller, calls.Threads)
+    (hung,) = caller.workers
     with caplog.at_level(logging.WARNING):
         assert values(role.score(*([x] for x in group("hang", "a")))) == [0.0, 1.0]
     assert "a call hangs; its thread is left behind" in caplog.text
     assert "1 of 2 answers score the penalty 0: reward() did not return within 0.2 s" in caplog.text
-    assert hung.is_alive() and hung is not role.caller.workers[0]
+    assert hung.is_alive() and hung is not caller.workers[0]
     module(role).GO.set()
     hung.join(LONG_S)
     assert not hung.is_alive()
@@ -309,7 +312,7 @@ def test_what_hangs_does_not_keep_the_process_alive(tmp_path: Path, source: str)
     code = (
         "from rlhf.config import Reward\nfrom rlhf.roles.reward import RewardFunction\n"
         "from rlhf.types import Completion, Prompt\n"
-        f"role = RewardFunction(recipe={str(tmp_path / 'mine.py')!r}, section=Reward(), seed=0)\n"
+        f"role = RewardFunction(recipe={str(tmp_path / 'mine.py')!r}, section=Reward())\n"
         "role.submit([(0, Prompt(0, 'p', (1,)), [Completion('p', 'hang', (), 'stop')])])\n"
         "assert role.recipe.module.STARTED.wait(60)\nprint('end')"
     )

@@ -1,0 +1,233 @@
+"""Reward models and servers in a whole run: refused early where they can't work, seen in plan, metrics and curve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from reward_http import FakeModel, Serve
+
+from recipes import arithmetic
+from rlhf.config import Config, ModelSection, Train, load_config
+from rlhf.evaluate import Evaluation
+from rlhf.judging import spawn_judges
+from rlhf.launch import dry_run, launch
+from rlhf.report import before_and_after, draw_curve
+from rlhf.types import Completion, Prompt, Score, Trajectory
+from rollout_engine.models.checkpoint import load_scalar_model, save_model
+
+CONFIG = Path(__file__).parents[2] / "configs" / "arithmetic_grpo_cpu.yaml"
+SMALL = ["run.steps=1", "warm_start.steps=0", "rollout.prompts_per_step=4", "rollout.kv_cache_gib=0.02",
+         "eval.prompts=4", "cluster.threads=1", "cluster.kind=local", "tracking.wandb=disabled"]  # fmt: skip
+NO_REWARD = "from recipes.arithmetic import initial_model, prompts"
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """``configure(*overrides, recipe=source, **reward)``: a small run's config."""
+
+    def make(*overrides: str, recipe: str | None = None, **reward: object) -> Config:
+        words = [*SMALL, f"run.dir={tmp_path / 'runs'}", *overrides]
+        if recipe is not None:
+            (tmp_path / "task.py").write_text(recipe)
+            words.append(f"recipe.path={tmp_path / 'task.py'}")
+        words += [f"reward.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in reward.items()]
+        return load_config(CONFIG, words)
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of a reward model with the policy's tokenizer."""
+    arithmetic.initial_model(tmp_path / "policy", 0)
+    model = load_scalar_model(tmp_path / "policy")
+    torch.nn.init.normal_(model.decoder.score.weight)
+    save_model(model, tmp_path / "judge")
+    (tmp_path / "judge" / "calibration.json").write_text('{"midpoint": 0.25}')
+    return tmp_path / "judge"
+
+
+def lose_calibration(folder: Path) -> None:
+    (folder / "calibration.json").unlink()
+
+
+def lose_head(folder: Path) -> None:
+    shutil.rmtree(folder)
+    arithmetic.initial_model(folder, 0)
+
+
+def rename_a_token(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"+":', '"plus":'))
+
+
+def shorten_context(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 10}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lose_calibration, r"judge has no calibration\.json .*reward\.model_scale=raw"),
+        (lose_head, r"^reward\.models\.helpful: .*judge has no scalar head; `rlhf reward-model` trains one"),
+        (rename_a_token, r"^reward\.models\.helpful: .*judge has another tokenizer than the policy"),
+        (shorten_context, r"^reward\.models\.helpful: .*a context of 10 tokens; .* may have 11"),
+        (shutil.rmtree, "judge' is not a folder"),
+    ],
+)
+def test_a_reward_model_that_cannot_judge_is_refused_before_anything_starts(
+    configure: Configure, checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    config = configure(models={"helpful": str(checkpoint)})
+    assert f"1 x function (reward() of recipes.arithmetic) + 1 x helpful (reward model {checkpoint}" in flat(config)
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        launch(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def flat(config: Config) -> str:
+    """What a dry run prints, without its line breaks."""
+    return " ".join(dry_run(config).split())
+
+
+def test_raw_scores_need_no_calibration(configure: Configure, checkpoint: Path) -> None:
+    lose_calibration(checkpoint)
+    assert "raw)" in flat(configure(models={"helpful": str(checkpoint)}, model_scale="raw"))
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ({}, r"has no function reward\(\); write one, or name reward\.models or \.servers"),
+        ({"weights": {"function": 1}, "servers": {"s": "URL"}}, r"weights names the function, but recipe .* no reward"),
+        ({"weights": {"s": 0}, "servers": {"s": "URL"}}, r"every component \(s\) has weight 0; nothing would be"),
+    ],
+)
+def test_a_recipe_without_reward_needs_another_judge(
+    configure: Configure, serve: Serve, reward: dict[str, object], said: str
+) -> None:
+    url = serve(lambda r: {"scores": [0.0] * len(r["completions"])}).url
+    given = json.loads(json.dumps(reward).replace("URL", url))
+    with pytest.raises(ValueError, match=said):
+        dry_run(configure(recipe=NO_REWARD, **given))
+    assert f"1 x s (server {url})" in flat(configure(recipe=NO_REWARD, servers={"s": url}))
+
+
+def test_a_dry_run_shows_what_function_and_server_say_and_names_a_server_that_fails(
+    configure: Configure, serve: Serve
+) -> None:
+    server = serve(lambda r: {"scores": [0.5]})
+    settings = {"servers": {"style": server.url}, "weights": {"style": 2}, "on_error": "penalty"}
+    shown = dry_run(configure(**settings))
+    assert shown.count(": 1.0 {'function': 0.0, 'style': 0.5}") == 4
+    server.answer = lambda r: (404, "nobody here")
+    with pytest.raises(ValueError, match=r"^reward server style .* returned status 404: 'nobody here', for an empty"):
+        dry_run(configure(**settings))
+
+
+class Judge:
+    """What a reward model's role is to its caller; a sequence is worth its last token."""
+
+    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train) -> None:
+        assert (checkpoint / "model.safetensors").exists()
+        self.given = model, train
+        self.judge = FakeModel().judge
+
+
+@pytest.fixture
+def judge_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("rlhf.roles.reward_model")
+    module.RewardModel = Judge  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rlhf.roles.reward_model", module)
+
+
+class Spawns:
+    """A cluster that notes who is spawned, on how many ranks."""
+
+    def __init__(self) -> None:
+        self.spawned: dict[str, int] = {}
+
+    def spawn(self, name: str, role: Callable[..., object], *, ranks: int = 1, **arguments: object) -> object:
+        self.spawned[name] = ranks
+        return role(**arguments)
+
+
+def test_each_reward_model_is_a_role_of_its_own(configure: Configure, checkpoint: Path, judge_role: None) -> None:
+    cluster = Spawns()
+    settings = ["reward_model.ranks=3", "reward_model.dtype=bfloat16", "reward_model.tokens_per_microbatch=7"]
+    one = configure(*settings, models={"a": str(checkpoint)})
+    judges = spawn_judges(one, cluster)  # type: ignore[arg-type]
+    assert cluster.spawned == {"reward": 1, "reward_model": 3}
+    model, train = judges.models["a"].role.given  # type: ignore[attr-defined]
+    assert (model.dtype, train.tokens_per_microbatch, judges.models["a"].midpoint) == ("bfloat16", 7, 0.25)
+    two = configure(models={"a": str(checkpoint), "b": str(checkpoint)}, model_scale="raw")
+    judges = spawn_judges(two, cluster)  # type: ignore[arg-type]
+    assert list(cluster.spawned) == ["reward", "reward_model", "reward_model-a", "reward_model-b"]
+    assert judges.names == ["function", "a", "b"] and judges.models["b"].midpoint is None
+
+
+def test_a_run_by_function_server_and_model_logs_each_and_their_sum(
+    configure: Configure, serve: Serve, checkpoint: Path, judge_role: None, threads: object
+) -> None:
+    server = serve(lambda r: {"scores": [len(c["text"]) for c in r["completions"]]})
+    weights = {"function": 0, "length": -0.5}
+    reward = {"servers": {"length": server.url}, "models": {"m": str(checkpoint)}, "weights": weights}
+    result = launch(configure(**reward, model_scale="raw"))
+    (row,) = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    for section, mean in (("reward", "reward/mean"), ("eval", "eval/reward")):
+        parts = {name: row[f"{section}/part/{name}"] for name in ("function", "length", "m")}
+        assert row[mean] == pytest.approx(parts["m"] - 0.5 * parts["length"], abs=1e-12)
+        assert parts["m"] > 0 and parts["length"] > 0
+    assert row["eval/accuracy"] == row["eval/part/function"]  # which is 0 or 1
+    assert (result.folder / "curve.png").stat().st_size > 1000
+    assert ", reward " in (result.folder / "train.log").read_text().splitlines()[-1]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_the_curve_shows_held_out_reward_where_it_differs_from_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import figure
+
+    drawn: list[tuple[list[str], tuple[float, float]]] = []
+
+    def keep(self: figure.Figure, *args: object, **kwargs: object) -> None:
+        (top, _) = self.axes
+        drawn.append(([str(line.get_label()) for line in top.lines], top.get_ylim()))
+
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    row = {"step": 1, "reward/mean": -1.5, "rollout/logprob_gap_max": 0.0, "eval/step": 1, "eval/accuracy": 1.0}
+    before = evaluation(Score(0.0))
+    draw_curve([{**row, "eval/reward": 1.0}], before, tmp_path / "curve.png")
+    draw_curve([{**row, "eval/reward": 3.0}], before, tmp_path / "curve.png")
+    assert drawn == [
+        (["training reward", "held-out accuracy"], (-1.5, 1.02)),
+        (["training reward", "held-out accuracy", "held-out reward"], (-1.5, 3.0)),
+    ]
+
+
+def evaluation(score: Score, accuracy_part: str | None = None) -> Evaluation:
+    prompt, answer = Prompt(0, "p", (1,)), Completion("p", "five", (7,), "stop", (-1.0,))
+    return Evaluation(0, [Trajectory.from_completion(prompt, answer, 0, score)], accuracy_part)
+
+
+def test_answers_are_marked_right_as_accuracy_counts_them() -> None:
+    wrong, right = Score(1.5, {"function": 0.0}), Score(-1.5, {"function": 1.0})
+    assert before_and_after(evaluation(wrong, "function"), evaluation(right, "function")).split()[3:] == [
+        "p", "five", "✗", "five", "✓"
+    ]  # fmt: skip
+    assert before_and_after(evaluation(wrong), evaluation(right)).split()[3:] == ["p", "five", "✓", "five", "✗"]
