@@ -38,7 +38,7 @@ class Tracker:
         self.console.phase(step, self.config.run.steps, name)
         begin = time.perf_counter()
         yield
-        times[name] = time.perf_counter() - begin
+        times[name] = times.get(name, 0.0) + time.perf_counter() - begin
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step: a line in metrics.jsonl and on the console, and the scalars in W&B."""
