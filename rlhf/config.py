@@ -140,15 +140,25 @@ class Reward(Section):
 
 
 class Rollout(Section):
+    """``top_k`` (0: all), ``top_p`` and ``min_p`` truncate what is sampled from, and the algorithm corrects for it."""
+
     prompts_per_step: PositiveInt
     samples_per_prompt: PositiveInt
     max_tokens: PositiveInt
     temperature: Temperature = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     kv_cache_gib: PositiveFloat = 1.0
     page_size: PositiveInt = 32
     max_num_seqs: PositiveInt = 512
     max_batch_tokens: PositiveInt = 4096
     numerics: Literal["auto", "exact", "fast"] = "auto"  # auto: exact for float32 on a CPU
+
+    @property
+    def truncates(self) -> bool:
+        """Tokens are drawn from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 class Train(Section):

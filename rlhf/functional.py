@@ -84,19 +84,34 @@ def gae(rewards: Tensor, values: Tensor, lengths: tuple[int, ...], gamma: float,
     return advantages, advantages + values
 
 
-def whitened(values: Tensor, eps: float = 1e-8) -> Tensor:
-    """Values [N] less their mean, over their standard deviation (n - 1, as ``torch.std``); of one value, 0."""
-    wide = values.double()
-    centred = wide - wide.mean()
-    deviation = (centred.square().sum() / max(1, len(values) - 1)).sqrt()
-    return (centred / (deviation + eps)).to(values.dtype)
+def whitened(values: Tensor, of: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """Values [N] less the mean of ``of``, over its standard deviation (n - 1, as ``torch.std``).
+
+    ``of`` [M]: the values themselves by default; of a single one, all 0.
+    """
+    known = (values if of is None else of).double()
+    mean = known.mean()
+    deviation = ((known - mean).square().sum() / max(1, len(known) - 1)).sqrt()
+    return ((values.double() - mean) / (deviation + eps)).to(values.dtype)
+
+
+def overlong_penalty(length: int, max_tokens: int, buffer: float) -> float:
+    """DAPO's soft punishment of an answer's length (Yu et al. 2025, arXiv 2503.14476, eq. 13), in [0, 1].
+
+    0 up to ``max_tokens - buffer`` tokens, then rising evenly to 1 at ``max_tokens``.
+    """
+    return min(1.0, max(0.0, (length - (max_tokens - buffer)) / buffer))
+
+
+KL_COEF_MIN, KL_COEF_MAX = 1e-6, 1e3  # so that a KL that nothing moves can't drive the coefficient to 0 or infinity
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
-    """PPO's adaptive penalty (Schulman et al. 2017, sec. 4): doubled above 1.5 x target, halved below target / 1.5."""
+    """PPO's adaptive penalty (Schulman et al. 2017, sec. 4): doubled above 1.5 x target, halved below target / 1.5,
+    and held within [1e-6, 1e3]."""
     if kl > 1.5 * target:
-        return 2 * coef
-    return coef / 2 if kl < target / 1.5 else coef
+        return min(2 * coef, KL_COEF_MAX)
+    return max(coef / 2, KL_COEF_MIN) if kl < target / 1.5 else coef
 
 
 # ---------------------------------------------------------------- policy losses
@@ -147,14 +162,45 @@ def clipped_weight_loss(
     return -weight * advantages * logprobs, weight != ratio
 
 
-def truncated_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Weight min(trainer / sampler, clip) of each token's policy loss, where the two compute different probabilities.
+def importance_ratio(target: Tensor, behaviour: Tensor, counts: tuple[int, ...], unit: str) -> Tensor:
+    """Probability under the ``target`` log-probs over that under those of the sampler: [R] -> [R], detached.
 
-    [R], detached (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
-    Returns (weight [R], truncated [R] bool).
+    ``unit``: of each ``token``; of the whole ``sequence``, the product over its tokens, which is the exact weight and
+    the one of larger variance; or ``geometric``, that product's root, a token's share of it. ``counts``: how many of
+    the R tokens each sequence has, in order.
     """
-    ratio = token_ratio(old_logprobs.detach(), rollout_logprobs)
+    log_ratio = (target - behaviour).detach()
+    if unit == "sequence":
+        log_ratio = torch.cat([part.sum().expand(len(part)) for part in log_ratio.split(counts)])
+    elif unit == "geometric":
+        log_ratio = torch.cat([part.mean().expand(len(part)) for part in log_ratio.split(counts)])
+    else:
+        assert unit == "token", unit
+    return torch.exp(log_ratio.clamp(-20, 20))
+
+
+def truncated_importance(
+    target: Tensor, behaviour: Tensor, counts: tuple[int, ...], unit: str, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Weight min(importance ratio, clip) of each token's policy loss, where trainer and sampler differ.
+
+    [R], detached; arguments as :func:`importance_ratio` (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
+    You Off-Policy RL Training"). Returns (weight [R], truncated [R] bool).
+    """
+    ratio = importance_ratio(target, behaviour, counts, unit)
     return ratio.clamp(max=clip), ratio > clip
+
+
+def rejection_mask(
+    target: Tensor, behaviour: Tensor, counts: tuple[int, ...], unit: str, low: float, high: float
+) -> Tensor:
+    """Which tokens to keep, [R] bool: those whose importance ratio is within [low, high].
+
+    Arguments as :func:`importance_ratio`. A mask beside the weights, not in them: Liu et al. 2025, "When Speed Kills
+    Stability" (``sequence``, ``geometric``); IcePop (Ring-1T, arXiv 2510.18855, ``token``).
+    """
+    ratio = importance_ratio(target, behaviour, counts, unit)
+    return (ratio >= low) & (ratio <= high)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

@@ -32,6 +32,9 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "length/truncated": sum(t.truncated for t in trajectories) / len(trajectories),
         "length/answer_tokens": sum(lengths),
     }
+    greedy = [t.baseline for t in trajectories if t.baseline is not None]
+    if greedy:
+        metrics["reward/greedy"] = sum(greedy) / len(greedy)
     return {**metrics, **part_means("reward", scores)}
 
 
@@ -62,6 +65,7 @@ def batch_metrics(batch: Batch, algorithm: Algorithm) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if batch.ref_logprobs is not None:
         metrics["rollout/kl_coef"] = algorithm.kl_coef
+        metrics["rollout/kl"] = algorithm.mean_kl(batch)
     if batch.values is not None:
         returns, values = batch.column("returns")[trained].double(), batch.values[trained].double()
         unexplained = float((returns - values).var() / returns.var().clamp(min=1e-12))

@@ -17,7 +17,7 @@ def pack(trajectories: Sequence[Trajectory], *, mask_truncated: bool = False) ->
     """Lay trajectories end to end. Those without a score are left out.
 
     ``mask_truncated`` keeps cut-off answers in their group's baseline but out of the loss.
-    Raises ValueError when nothing was judged.
+    Optional columns are there when trajectories have what they hold. Raises ValueError when nothing was judged.
     """
     judged = [t for t in trajectories if t.score is not None]
     if not judged:
@@ -30,6 +30,13 @@ def pack(trajectories: Sequence[Trajectory], *, mask_truncated: bool = False) ->
     heat = torch.tensor([t.completion.temperature for t in judged], dtype=torch.float32)
     kept = torch.tensor([not (mask_truncated and t.truncated) for t in judged])
     repeats = torch.tensor(lengths)
+    optional: dict[str, Tensor] = {}
+    if any(t.completion.log_kept_mass for t in judged):
+        optional["log_kept_mass"] = column("log_kept_mass", torch.float32)
+    if any(t.completion.weight_versions for t in judged):
+        optional["weight_versions"] = column("weight_versions", torch.int64)
+    if any(t.baseline is not None for t in judged):
+        optional["baselines"] = torch.tensor([t.baseline for t in judged], dtype=torch.float32)
     return Batch(
         tokens=column("token_ids", torch.int64),
         lengths=lengths,
@@ -38,6 +45,7 @@ def pack(trajectories: Sequence[Trajectory], *, mask_truncated: bool = False) ->
         rollout_logprobs=column("logprobs", torch.float32),
         groups=torch.tensor([t.group for t in judged]),
         rewards=torch.tensor([t.score.value for t in judged if t.score is not None], dtype=torch.float32),
+        **optional,
     )
 
 

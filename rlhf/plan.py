@@ -114,6 +114,12 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
             f"answers to a prompt and needs at least {algorithm.min_samples_per_prompt}; raise it, or choose "
             "a baseline over the whole batch (algorithm.name=reinforce_pp)"
         )
+    if r.truncates and not algorithm.corrects_sampling:
+        raise ValueError(
+            f"rollout.top_k={r.top_k}, top_p={r.top_p}, min_p={r.min_p} sample from a part of the vocabulary, and "
+            "nothing corrects the policy loss for that; set algorithm.tis_clip=2.0 or algorithm.proximal=sampler, or "
+            "sample from all of it (top_k=0, top_p=1, min_p=0)"
+        )
     longest = longest_prompt + r.max_tokens
     if longest > decoder.max_position:
         raise ValueError(

@@ -57,7 +57,7 @@ def spawn_roles(config: Config, algorithm: Algorithm, cluster: Cluster, run: Run
     if "critic" in algorithm.roles:
         learners["critic"] = spawn("critic", Critic, **learning)
         scorers.append(learners["critic"])
-    if not algorithm.is_on_policy:  # otherwise the ratio's denominator is the current log-prob itself
+    if algorithm.needs_old_logprobs:
         scorers.append(policy)
     return Roles(policy, reward, scorers, learners)
 
@@ -75,7 +75,7 @@ def train(
     """Train from ``checkpoint`` for ``run.steps`` steps; held-out evaluations before and after."""
     roles = spawn_roles(config, algorithm, cluster, run, checkpoint)
     policy, reward = roles.policy, roles.reward
-    rollouts = Rollouts(config, policy, reward, prompts)
+    rollouts = Rollouts(config, algorithm, policy, reward, prompts)
     started = time.perf_counter()
     before = latest = evaluate(config, policy, reward, eval_prompts, step=0)
     tracker.evaluated(before)
@@ -107,6 +107,7 @@ def train(
             step,
             {
                 **rollout_metrics(trajectories),
+                **rollouts.metrics,
                 **batch_metrics(batch, algorithm),
                 **mean_of(updates),
                 **latest.metrics,
@@ -115,7 +116,7 @@ def train(
             },
         )
         tracker.samples(step, trajectories, batch)
-        algorithm = algorithm.adapted(batch)
+        algorithm = algorithm.adapted(batch, step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             policy.save(run.checkpoint(step) / "hf")
             run.finish_checkpoint(step, {"step": step, **latest.metrics}, config.checkpoint.keep_last)

@@ -48,6 +48,7 @@ class Completion:
     sample_id: int = 0
     temperature: float = 1.0
     messages: tuple[Message, ...] = ()  # filled for the reward: the prompt's conversation, then this answer
+    log_kept_mass: tuple[float, ...] = ()  # log of the probability that top_p, top_k, min_p left; (): all of it
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Trajectory:
     loss_mask: tuple[bool, ...]  # True on sampled tokens
     logprobs: tuple[float, ...]  # of the sampler; 0 where loss_mask is False
     problem: Problem | None = None  # a component of the score is the penalty for it
+    baseline: float | None = None  # reward of the greedy answer to the prompt, where the algorithm compares with it
 
     @classmethod
     def from_completion(
@@ -106,16 +108,31 @@ class Trajectory:
     def truncated(self) -> bool:
         return self.completion.finish_reason == "length"
 
+    @property
+    def log_kept_mass(self) -> tuple[float, ...]:
+        """Aligned to ``token_ids``; 0 where nothing was cut off."""
+        kept = self.completion.log_kept_mass or (0.0,) * len(self.completion.token_ids)
+        return (0.0,) * (len(self.token_ids) - len(kept)) + kept
+
+    @property
+    def weight_versions(self) -> tuple[int, ...]:
+        """Aligned to ``token_ids``: of the weights that sampled the token, -1 for the prompt's."""
+        versions = self.completion.weight_versions
+        return (-1,) * (len(self.token_ids) - len(versions)) + versions
+
 
 _FILLED_BY = {
-    "old_logprobs": "Policy.score (needed when updates_per_rollout > 1)",
+    "old_logprobs": "Policy.score (needed when epochs x updates_per_rollout > 1 and proximal is trainer)",
     "ref_logprobs": "Reference.score (needed when kl_coef > 0)",
     "values": "Critic.score (needed by algorithms with a critic)",
+    "baselines": "pack(), of trajectories with a greedy answer (needed when baseline is greedy)",
     "advantages": "the algorithm's advantages()",
     "returns": "the advantages() of an algorithm with a critic",
     "kl_weights": "the algorithm's minibatches() (needed when kl_in is loss)",
     "loss_weights": "the algorithm's minibatches()",
 }
+
+_PER_SEQUENCE = ("groups", "rewards", "baselines")
 
 
 @dataclass(frozen=True)
@@ -126,9 +143,12 @@ class Batch:
     lengths: tuple[int, ...]  # S
     loss_mask: Tensor  # [T] bool, True on the tokens that are trained
     temperature: Tensor  # [T] fp32, at which the token was sampled
-    rollout_logprobs: Tensor  # [T] fp32, from the engine
+    rollout_logprobs: Tensor  # [T] fp32, from the engine, full vocabulary
     groups: Tensor  # [S] int64
     rewards: Tensor  # [S] fp32
+    log_kept_mass: Tensor | None = None  # [T] fp32, of truncated sampling; None: the full vocabulary was sampled from
+    weight_versions: Tensor | None = None  # [T] int64, of the weights that sampled the token; -1: none did
+    baselines: Tensor | None = None  # [S] fp32, reward of the greedy answer to the same prompt
     old_logprobs: Tensor | None = None  # [T] fp32
     ref_logprobs: Tensor | None = None  # [T] fp32
     values: Tensor | None = None  # [T] fp32, expected return before the token
@@ -146,6 +166,19 @@ class Batch:
 
     def replace(self, **columns: Tensor) -> Batch:
         return replace(self, **columns)  # type: ignore[arg-type]
+
+    @property
+    def behaviour_logprobs(self) -> Tensor:
+        """[T] log-probs under the distribution that the tokens were drawn from: what truncated sampling kept of the
+        full one, renormalised."""
+        if self.log_kept_mass is None:
+            return self.rollout_logprobs
+        return self.rollout_logprobs - self.log_kept_mass
+
+    @property
+    def num_trained(self) -> tuple[int, ...]:
+        """How many trained tokens each sequence has."""
+        return tuple(int(part.sum()) for part in self.loss_mask.split(self.lengths))
 
     @property
     def num_sequences(self) -> int:
@@ -173,7 +206,7 @@ class Batch:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name != "lengths" and value is not None:
-                picked[f.name] = value[list(sequences)] if f.name in ("groups", "rewards") else value[index]
+                picked[f.name] = value[list(sequences)] if f.name in _PER_SEQUENCE else value[index]
         return Batch(**picked)
 
     def filler(self) -> Batch:
@@ -181,7 +214,7 @@ class Batch:
         import torch
 
         one = self.select([0])
-        cut = {f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("lengths", "groups", "rewards")}
+        cut = {f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("lengths", *_PER_SEQUENCE)}
         columns = {name: column[:1] for name, column in cut.items() if column is not None}
         return replace(one, lengths=(1,), **{**columns, "loss_mask": torch.zeros(1, dtype=torch.bool)})
 

@@ -19,8 +19,17 @@ from rlhf.types import Batch
 _NOT_ALGORITHMS = {"sft", "policy_gradient"}
 
 
-class Algorithm(Protocol):
-    """What the loop and the policy ask of an algorithm."""
+class Objective(Protocol):
+    """What the policy asks of what it is trained with."""
+
+    def policy_loss(
+        self, logprobs: Tensor, entropy: Tensor, batch: Batch, scored: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (a scalar that sums over micro-batches) of the scored tokens [R] and per-token diagnostics [R]."""
+
+
+class Algorithm(Objective, Protocol):
+    """What the loop asks of an algorithm."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -37,8 +46,12 @@ class Algorithm(Protocol):
     def epochs(self) -> int: ...
 
     @property
-    def is_on_policy(self) -> bool:
-        """One optimizer step per rollout: there are no old log-probs but the sampler's own."""
+    def needs_old_logprobs(self) -> bool:
+        """The ratio's denominator is the trainer's policy before several optimizer steps; the policy scores them."""
+
+    @property
+    def corrects_sampling(self) -> bool:
+        """Tokens may come from another distribution than the policy's: of older weights, or truncated."""
 
     def learners(self, step: int) -> tuple[str, ...]:
         """Roles that take every optimizer step of the rollout of ``step`` (from 1)."""
@@ -51,19 +64,35 @@ class Algorithm(Protocol):
     def min_samples_per_prompt(self) -> int:
         """Answers to a prompt below which all advantages would be 0."""
 
+    @property
+    def greedy_baseline(self) -> bool:
+        """Every prompt is answered once more, greedily, and ``baselines`` holds that answer's reward."""
+
+    @property
+    def dynamic_sampling(self) -> bool:
+        """Groups of equal rewards are replaced by more samples, in at most ``max_rollouts_per_step`` rounds."""
+
+    @property
+    def max_rollouts_per_step(self) -> int: ...
+
+    @property
+    def overlong_buffer(self) -> float:
+        """Share of the longest answer over which the reward falls by up to ``overlong_penalty``; 0: none."""
+
+    @property
+    def overlong_penalty(self) -> float: ...
+
     def advantages(self, batch: Batch) -> Batch:
         """Fill ``advantages``, and ``returns`` where there is a critic, over the whole rollout batch."""
 
-    def adapted(self, batch: Batch) -> Algorithm:
-        """The algorithm for the next step: this one, but for what it tunes by itself (the KL coefficient)."""
+    def mean_kl(self, batch: Batch) -> float:
+        """KL per token to the reference, in nats, of the policy that sampled."""
+
+    def adapted(self, batch: Batch, step: int) -> Algorithm:
+        """The algorithm for the step after ``step``: this one, but for what it tunes by itself (the KL coefficient)."""
 
     def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
         """One batch per optimizer step, with ``loss_weights``."""
-
-    def policy_loss(
-        self, logprobs: Tensor, entropy: Tensor, batch: Batch, scored: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (a scalar that sums over micro-batches) of the scored tokens [R] and per-token diagnostics [R]."""
 
 
 def names() -> list[str]:

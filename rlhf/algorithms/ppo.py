@@ -42,16 +42,11 @@ class PPO(PolicyGradient):
     def learners(self, step: int) -> tuple[str, ...]:
         return ("critic",) if step <= self.critic_warmup_steps else ("policy", "critic")
 
-    @property
-    def min_samples_per_prompt(self) -> int:
-        return 1
-
     def advantages(self, batch: Batch) -> Batch:
-        trained = batch.loss_mask
-        counts = tuple(int(part.sum()) for part in trained.split(batch.lengths))
+        trained, counts = batch.loss_mask, batch.num_trained
         rewards = -self.kl_penalty(batch)[trained]
-        last = torch.tensor(counts).cumsum(0)[torch.tensor(counts) > 0] - 1
-        rewards[last] += batch.rewards.double()[torch.tensor(counts) > 0]
+        ends, some = torch.tensor(counts).cumsum(0), torch.tensor(counts) > 0
+        rewards[ends[some] - 1] += self.shaped(batch.rewards, batch)[some]  # an answer's reward is its last token's
         values = batch.column("values")[trained].double()
         advantages, returns = functional.gae(rewards, values, counts, self.gamma, self.lam)
         if self.whiten:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from rlhf.algorithms.policy_gradient import STRICT, CriticFree, KLEstimator, KLPlace, Level, Unit
+from rlhf.algorithms.policy_gradient import STRICT, Baseline, CriticFree, KLEstimator, KLPlace, Level, Unit
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -15,7 +15,7 @@ class ReinforcePP(CriticFree):
 
     name: Literal["reinforce_pp"] = "reinforce_pp"
     returns: Unit = "token"
-    baseline: Level = "batch"
+    baseline: Baseline = "batch"
     std: Level = "batch"
     kl_estimator: KLEstimator = "k1"
     kl_in: KLPlace = "reward"

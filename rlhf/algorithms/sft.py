@@ -15,23 +15,6 @@ from rlhf.types import Batch
 class SFT:
     """Mean negative log-likelihood per answer token."""
 
-    kl_coef: float = 0.0
-    roles: tuple[str, ...] = ()
-    updates_per_rollout: int = 1
-    epochs: int = 1
-    is_on_policy: bool = True
-    mask_truncated: bool = False
-    min_samples_per_prompt: int = 1
-
-    def advantages(self, batch: Batch) -> Batch:
-        return batch
-
-    def learners(self, step: int) -> tuple[str, ...]:
-        return ("policy",)
-
-    def adapted(self, batch: Batch) -> SFT:
-        return self
-
     def minibatches(self, batch: Batch, max_tokens: int) -> Iterator[Batch]:
         yield batch.replace(loss_weights=token_weights(batch.loss_mask, batch.lengths, "token_mean", max_tokens))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from kernels.device import default_device
-from rlhf.algorithms import Algorithm
+from rlhf.algorithms import Objective
 from rlhf.config import ModelSection, Rollout, Train
 from rlhf.division import divide_batch, divide_minibatch, divide_prompts, over_ranks
 from rlhf.packing import forward_logprobs, score_tokens
@@ -37,7 +37,7 @@ class Policy:
         model: ModelSection,
         rollout: Rollout,
         train: Train,
-        algorithm: Algorithm,
+        algorithm: Objective,
         total_updates: int,
         seed: int,
         timeout_s: float,
@@ -113,6 +113,8 @@ class Policy:
             scored, logprobs, entropy = forward_logprobs(engine, micro)
             loss, diagnostics = self.algorithm.policy_loss(logprobs, entropy, micro, scored)
             gap = (logprobs.detach() - micro.rollout_logprobs.to(logprobs.device)[scored]).abs()
+            if micro.weight_versions is not None:  # of older weights other log-probs are to be expected
+                gap = gap * (micro.weight_versions.to(gap.device)[scored] == self.llm.weight_version)
             return loss, {**diagnostics, "logprob_gap": gap}
 
         metrics, peaks = self.learner.step(minibatch, forward, before_step=self.swap.begin)
@@ -140,6 +142,7 @@ def _completions(prompt: Prompt, params: SamplingParams, output: RequestOutput) 
             answer.weight_versions,
             answer.sample_id,
             params.temperature,
+            log_kept_mass=answer.log_kept_mass if any(answer.log_kept_mass) else (),
         )
         for answer in output.outputs
     ]

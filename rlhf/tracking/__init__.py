@@ -37,7 +37,7 @@ class MetricLog:
         self.console.phase(step, self.steps, name)
         begin = time.perf_counter()
         yield
-        times[name] = time.perf_counter() - begin
+        times[name] = times.get(name, 0.0) + time.perf_counter() - begin
 
     def record(self, row: dict[str, Any], line: str) -> None:
         """Keep a step's scalars, and print its line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -272,8 +273,10 @@ def test_tokens_of_masked_answers_have_no_part_in_a_baseline_over_tokens() -> No
 def test_a_batch_of_masked_answers_alone_trains_nothing_and_is_finite(name: str) -> None:
     completion = Completion("p", "", (7, 7), "length", (-0.5, -0.5))
     trajectories = [Trajectory.from_completion(Prompt(0, "p", (1,)), completion, 0, Score(r)) for r in (0.0, 1.0)]
-    algorithm = algorithms.load({"name": name, "truncated": "mask"})
-    batch = algorithm.advantages(pack(trajectories, mask_truncated=True))
+    axes = {"kl_coef": 0.0, "updates_per_rollout": 1, "epochs": 1}
+    algorithm = algorithms.load({"name": name, "truncated": "mask", **axes})
+    batch = pack([replace(t, baseline=0.5) for t in trajectories], mask_truncated=True)
+    batch = algorithm.advantages(batch.replace(values=torch.ones(6)))
     (step,) = algorithm.minibatches(batch, 2)
     nothing = torch.zeros(0, requires_grad=True)
     loss, _ = algorithm.policy_loss(nothing, nothing, step, torch.zeros(0, dtype=torch.int64))

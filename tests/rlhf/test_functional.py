@@ -191,7 +191,7 @@ def test_a_lower_bound_on_the_weight_holds_too() -> None:
 def test_truncated_importance_by_hand() -> None:
     old = torch.tensor([-1.0, -1.0, -1.0, -1.0]).requires_grad_()
     rollout = torch.tensor([-1.0, -1.0 - math.log(1.5), -1.0 - math.log(4), -1.0 + math.log(2)])
-    weight, truncated = truncated_importance(old, rollout, 2.0)
+    weight, truncated = truncated_importance(old, rollout, (4,), "token", 2.0)
     assert weight.tolist() == pytest.approx([1.0, 1.5, 2.0, 0.5], rel=1e-6)
     assert truncated.tolist() == [False, False, True, False] and not weight.requires_grad
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,32 +20,58 @@ from rlhf.packing import pack
 from rlhf.types import Completion, Prompt, Score, Trajectory
 
 # Spelled out, so that a changed default is seen here.
-COMMON: Axes = {
-    "returns": "sequence",
-    "baseline": "group",
-    "leave_one_out": False,
-    "std": "group",
+LOSS: Axes = {
+    "dynamic_sampling": False,
+    "max_rollouts_per_step": 8,
+    "overlong_buffer": 0.0,
+    "overlong_penalty": 1.0,
+    "reward_norm": "none",
+    "reward_clip": None,
     "ratio": "token",
+    "proximal": "trainer",
     "clip": "ppo",
     "clip_low": 0.2,
     "clip_high": 0.2,
     "dual_clip": None,
     "aggregation": "token_mean",
+    "entropy_coef": 0.0,
+    "tis_clip": None,
+    "importance": "token",
+    "reject": "none",
+    "reject_low": 0.5,
+    "reject_high": 5.0,
     "kl_coef": 0.0,
+    "kl_target": None,
     "kl_estimator": "k3",
     "kl_in": "loss",
-    "tis_clip": None,
     "updates_per_rollout": 1,
+    "epochs": 1,
     "truncated": "score",
 }
+COMMON: Axes = {**LOSS, "returns": "sequence", "baseline": "group", "leave_one_out": False, "std": "group"}
 IN_REWARD = {"kl_estimator": "k1", "kl_in": "reward"}
+SUMMED = {"std": "none", "clip": "none", "aggregation": "constant_length", **IN_REWARD}
 PRESETS: dict[str, Axes] = {
     "grpo": {},
     "dr_grpo": {"std": "none", "aggregation": "constant_length"},
-    "rloo": {"leave_one_out": True, "std": "none", "clip": "none", "aggregation": "constant_length", **IN_REWARD},
+    "rloo": {"leave_one_out": True, **SUMMED},
+    "remax": {"returns": "token", "baseline": "greedy", **SUMMED},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence_mean"},
     "cispo": {"clip": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    "dapo": {"dynamic_sampling": True, "overlong_buffer": 0.2, "clip_high": 0.28, "tis_clip": 2.0},
     "reinforce_pp": {"returns": "token", "baseline": "batch", "std": "batch", **IN_REWARD},
+}
+PPO: Axes = {
+    **LOSS,
+    **IN_REWARD,
+    "kl_coef": 0.02,
+    "gamma": 1.0,
+    "lam": 0.95,
+    "value_clip": 0.2,
+    "whiten": True,
+    "updates_per_rollout": 2,
+    "epochs": 2,
+    "critic_warmup_steps": 0,
 }
 # Log-ratios of a size at which the preset's clip acts on some tokens and leaves others alone.
 SPREAD = {"gspo": 1e-3, "cispo": 3.0}
@@ -61,25 +88,34 @@ def assert_same(got: list[Step], expected: list[Step]) -> None:
         scale = max(map(abs, naive.gradient.values()))
         assert ours.loss == pytest.approx(naive.loss, rel=1e-5, abs=1e-5 * max(1.0, scale))
         assert ours.gradient == pytest.approx(naive.gradient, rel=1e-5, abs=1e-5 * scale)
+        assert ours.entropy_gradient == pytest.approx(naive.entropy_gradient, rel=1e-5, abs=0)
         assert set(ours.diagnostics) == {"entropy", *naive.diagnostics}
         for name, column in naive.diagnostics.items():
             assert ours.diagnostics[name] == pytest.approx(column, rel=1e-5, abs=1e-6), name
 
 
 def test_the_defaults_of_presets_are_these() -> None:
-    assert algorithms.names() == sorted(PRESETS)
-    for name, axes in PRESETS.items():
-        assert {k: v for k, v in vars(load(name, {})).items() if k[0] != "_"} == {"name": name, **COMMON, **axes}
+    assert algorithms.names() == sorted([*PRESETS, "ppo"])
+    expected = {"ppo": PPO, **{name: {**COMMON, **axes} for name, axes in PRESETS.items()}}
+    for name, axes in expected.items():
+        assert {k: v for k, v in vars(load(name, {})).items() if k[0] != "_"} == {"name": name, **axes}
 
 
 @pytest.mark.parametrize("max_micro", [1, 13, 1000])
 @pytest.mark.parametrize(
-    "change", [{}, {"kl_coef": 0.3}, {"tis_clip": 1.1}, {"updates_per_rollout": 3, "kl_coef": 0.3}]
+    "change",
+    [
+        {},
+        {"kl_coef": 0.3},
+        {"tis_clip": 1.1},
+        {"updates_per_rollout": 3, "kl_coef": 0.3},
+        {"updates_per_rollout": 2, "tis_clip": 1.1, "reject": "token", "reject_low": 0.8, "reject_high": 1.5},
+    ],
 )
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_computes_what_naive_code_does(name: str, change: Axes, max_micro: int) -> None:
     axes = {**COMMON, **PRESETS[name], **change}
-    answers = random_answers(random.Random(5), [4, 3, 5, 1], SPREAD.get(name, 0.5))
+    answers = random_answers(random.Random(8), [4, 3, 5, 1], SPREAD.get(name, 0.5))
     got = steps_of(load(name, change), answers, axes, 7, max_micro)
     assert_same(got, naive_steps(answers, axes, 7))
     clipped = [c for step in got for c in step.diagnostics["clip_fraction"].values()]
@@ -90,9 +126,17 @@ def test_a_preset_computes_what_naive_code_does(name: str, change: Axes, max_mic
 valid_axes = st.fixed_dictionaries(
     {
         "returns": st.sampled_from(["sequence", "token"]),
-        "baseline": st.sampled_from(["group", "batch", "none"]),
+        "baseline": st.sampled_from(["group", "batch", "greedy", "none"]),
         "leave_one_out": st.booleans(),
         "std": st.sampled_from(["group", "batch", "none"]),
+        "reward_norm": st.sampled_from(["none", "batch"]),
+        "reward_clip": st.sampled_from([None, 0.75]),
+        "proximal": st.sampled_from(["trainer", "sampler"]),
+        "entropy_coef": st.sampled_from([0.0, 0.1]),
+        "importance": st.sampled_from(["token", "sequence"]),
+        "reject": st.sampled_from(["none", "token", "sequence", "geometric"]),
+        "reject_low": st.sampled_from([0.0, 0.7]),
+        "reject_high": st.sampled_from([1.0, 1.3]),
         "ratio": st.sampled_from(["token", "sequence"]),
         "clip": st.sampled_from(["ppo", "cispo", "none"]),
         "clip_low": st.sampled_from([0.0, 0.1, 0.3, 1.0]),
@@ -104,8 +148,9 @@ valid_axes = st.fixed_dictionaries(
         "kl_in": st.sampled_from(["loss", "reward"]),
         "tis_clip": st.sampled_from([None, 0.9, 1.2]),
         "updates_per_rollout": st.integers(1, 3),
+        "epochs": st.integers(1, 2),
     }
-).filter(lambda axes: contradiction(axes) is None)
+).filter(lambda a: contradiction(a) is None and 1 in (a["updates_per_rollout"], a["epochs"]))
 
 
 def contradiction(axes: Axes) -> str | None:
@@ -113,13 +158,17 @@ def contradiction(axes: Axes) -> str | None:
     a = {**COMMON, **axes}
     if a["dual_clip"] is not None and a["clip"] != "ppo":
         return "dual_clip"
+    if a["proximal"] == "sampler" and (a["tis_clip"] is not None or a["reject"] != "none"):
+        return "the sampler corrected for twice"
+    if a["dynamic_sampling"] and a["tis_clip"] is None and a["proximal"] == "trainer":
+        return "stale answers"
     if a["kl_coef"] > 0 and a["kl_in"] == "loss" and a["kl_estimator"] == "k1":
         return "k1 in the loss"
     if a["kl_coef"] > 0 and a["kl_in"] == "reward" and a["truncated"] == "mask":
         return "penalties of masked answers"
     if a["leave_one_out"] and a["baseline"] != "group":
         return "leave_one_out"
-    if (a["baseline"], a["std"]) in {("batch", "group"), ("none", "group"), ("none", "batch")}:
+    if (a["baseline"], a["std"]) in {(b, s) for b in ("batch", "greedy", "none") for s in ("group", "batch") if b != s}:
         return "std"
     if a["returns"] == "token" and "group" in (a["baseline"], a["std"]):
         return "returns"
@@ -132,7 +181,9 @@ def test_any_choice_of_axes_computes_what_naive_code_does(axes: Axes, seed: int,
     rng = random.Random(seed)
     answers = random_answers(rng, [rng.randint(1, 4) for _ in range(rng.randint(2, 3))])
     answers += random_answers(rng, [2])[:1]  # a mate, or an answer of its own
-    assert_same(steps_of(GRPO(**axes), answers, axes, 5, max_micro), naive_steps(answers, axes, 5))
+    assert_same(
+        steps_of(GRPO(**axes), answers, {**COMMON, **axes}, 5, max_micro), naive_steps(answers, {**COMMON, **axes}, 5)
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -167,6 +218,16 @@ def test_the_order_of_answers_does_not_matter(name: str, seed: int) -> None:
         ({"returns": "token"}, r"returns=token.*baseline=group with std=group.*or returns=sequence"),
         ({"dual_clip": 3.0, "clip": "cispo"}, r"dual_clip=3\.0.*clip=cispo; set clip=ppo or dual_clip=null"),
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, r"kl_estimator=k1 with kl_in=loss.*set kl_estimator to k2 or k3, or"),
+        ({"baseline": "greedy"}, r"std=group with baseline=greedy.*set std=none, or baseline=group"),
+        (
+            {"proximal": "sampler", "tis_clip": 2.0},
+            r"proximal=sampler.*tis_clip=2\.0.*set proximal=trainer, or tis_clip",
+        ),
+        (
+            {"proximal": "sampler", "reject": "token"},
+            r"proximal=sampler.*reject=token.*set proximal=trainer, or .*none",
+        ),
+        ({"dynamic_sampling": True}, r"dynamic_sampling=true.*older policy.*set tis_clip .*or proximal=sampler"),
         ({"kl_coef": 0.1, "kl_in": "reward", "truncated": "mask"}, r"kl_in=reward with truncated=mask.*set truncated="),
     ],
 )
@@ -180,9 +241,13 @@ def test_contradictions_say_both_axes_and_the_way_out(axes: Axes, said: str) -> 
     axes=st.fixed_dictionaries(
         {
             "returns": st.sampled_from(["sequence", "token"]),
-            "baseline": st.sampled_from(["group", "batch", "none"]),
+            "baseline": st.sampled_from(["group", "batch", "greedy", "none"]),
             "leave_one_out": st.booleans(),
             "std": st.sampled_from(["group", "batch", "none"]),
+            "proximal": st.sampled_from(["trainer", "sampler"]),
+            "tis_clip": st.sampled_from([None, 2.0]),
+            "reject": st.sampled_from(["none", "sequence"]),
+            "dynamic_sampling": st.booleans(),
             "clip": st.sampled_from(["ppo", "cispo", "none"]),
             "dual_clip": st.sampled_from([None, 3.0]),
             "kl_coef": st.sampled_from([0.0, 0.2]),
@@ -204,7 +269,7 @@ def test_exactly_the_contradictions_are_refused(axes: Axes) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_only_a_kl_needs_the_reference_and_only_a_group_baseline_several_samples(name: str) -> None:
     assert load(name, {}).roles == () and load(name, {"kl_coef": 0.1}).roles == ("reference",)
-    assert load(name, {}).min_samples_per_prompt == (1 if name == "reinforce_pp" else 2)
+    assert load(name, {}).min_samples_per_prompt == (1 if name in ("reinforce_pp", "remax") else 2)
 
 
 def test_a_kl_in_the_reward_without_a_coefficient_needs_no_reference_column() -> None:
@@ -234,7 +299,8 @@ def test_every_preset_learns_which_token_pays(name: str) -> None:
                 answer = Completion("p", "", (a, b), "stop", logprobs)
                 paid = Score(float(a == 3) + 0.1 * group)
                 trajectories.append(Trajectory.from_completion(Prompt(0, "p", (0,)), answer, group, paid))
-        batch = pack(trajectories)
+        best = table[0].argmax().item() == 3
+        batch = pack([replace(t, baseline=float(best) + 0.1 * t.group) for t in trajectories])
         (scored,) = torch.nonzero(batch.loss_mask, as_tuple=True)
 
         def look(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from rollout_engine.models.checkpoint import load_model
 from rollout_engine.models.decoder import Decoder
 
 VOCAB = 131
-PER_SEQUENCE = ("groups", "rewards")
+PER_SEQUENCE = ("groups", "rewards", "baselines")
 
 
 def trajectory(
@@ -107,6 +107,12 @@ def labelled(lengths: list[int]) -> Batch:
         rewards=number + 0.25,
         old_logprobs=-2.0 * token,
         ref_logprobs=-3.0 * token,
+        log_kept_mass=-4.0 * token,
+        weight_versions=5 * token,
+        baselines=number - 0.5,
+        values=6.0 * token,
+        returns=7.0 * token,
+        kl_weights=8.0 * token,
         advantages=torch.repeat_interleave(number, torch.tensor(lengths)) * 10.0,
         loss_weights=token / total,
     )
