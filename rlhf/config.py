@@ -139,9 +139,9 @@ class RoleSection(Section):
 
 
 class Cluster(Section):
-    """``threads`` per worker; ``gpus`` of the run; ``ranks`` of each model role, one per GPU by default;
-    ``placement``: rank r of every role on the same device, or each role on devices of its own;
-    ``timeout_s`` bounds every call to a role."""
+    """``threads`` per worker; ``gpus`` of the run; ``ranks`` of the policy (:attr:`Config.ranks` has the others');
+    ``placement``: rank r of every role on the same device, taking turns, or every rank on a device of its own, and what
+    roles can do at the same time they do; ``timeout_s`` bounds every call to a role."""
 
     kind: Literal["local", "ray"] = "local"
     gpus: NonNegativeInt = 0
@@ -150,10 +150,6 @@ class Cluster(Section):
     threads: PositiveInt = 2
     timeout_s: PositiveFloat = 1800
     start_timeout_s: PositiveFloat = 300
-
-    @property
-    def num_ranks(self) -> int:
-        return self.ranks or max(1, self.gpus)
 
 
 class Eval(Section):
@@ -195,12 +191,26 @@ class Config(Section):
         """Model, training and number of ranks of ``policy``, ``critic`` or ``reference``; where its section says
         nothing, the policy's, but for ``model.path``, which is then None."""
         if role == "policy":
-            return self.model, self.train, self.cluster.num_ranks
+            return self.model, self.train, self.ranks["policy"]
         section: RoleSection = getattr(self, role)
         own = {key: value for key, value in section.model_dump().items() if value is not None}
         model = self.model.model_copy(update={key: own[key] for key in own if key in ModelSection.model_fields})
         train = self.train.model_copy(update={key: own[key] for key in own if key in Train.model_fields})
-        return model.model_copy(update={"path": section.path}), train, section.ranks or self.cluster.num_ranks
+        return model.model_copy(update={"path": section.path}), train, self.ranks[role]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks of every model role: the policy and whom its algorithm asks for.
+
+        Colocated, a role has as many as the policy, and that has one per GPU, where nothing else is said. Separate,
+        each has one, and the policy the GPUs that the others leave.
+        """
+        others = {role: getattr(self, role).ranks for role in self.make_algorithm().roles}
+        if self.cluster.placement == "separate":
+            others = {role: ranks or 1 for role, ranks in others.items()}
+            return {"policy": self.cluster.ranks or max(1, self.cluster.gpus - sum(others.values())), **others}
+        policy = self.cluster.ranks or max(1, self.cluster.gpus)
+        return {"policy": policy, **{role: ranks or policy for role, ranks in others.items()}}
 
     def make_algorithm(self) -> algorithms.Algorithm:
         """The algorithm with its hyper-parameters. Raises ValueError for an unknown one or a bad value."""

@@ -106,7 +106,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from rlhf.cluster.ray import RayCluster
 
     os.environ["PYTHONPATH"] = f"{ROOT}:{Path(__file__).parent}"
-    cluster = RayCluster(Cluster(kind="ray", threads=1, timeout_s=2, ranks=2), tmp_path_factory.mktemp("roles"))
+    cluster = RayCluster(Cluster(kind="ray", threads=1, timeout_s=2), tmp_path_factory.mktemp("roles"), {})
     yield cluster
     cluster.shutdown()
     del os.environ["PYTHONPATH"]
@@ -126,7 +126,7 @@ def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # t
     judge = {"recipe": "recipes.arithmetic", "section": Reward(), "seed": 0}
     reward = cluster.spawn("judge", RewardFunction, **judge)
     assert reward.score([], []) == []
-    (pid,) = reward._pids
+    (pid,) = reward._ranks.pids
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(RoleDied, match=rf"role judge \(pid {pid}\) died during score\(\)"):
         reward.score([], [])
