@@ -59,14 +59,9 @@ class Plan:
         """Which role sits where."""
         cluster = self.config.cluster
         taken = seats(cluster.placement, self.config.ranks)
-        device = "GPU" if cluster.gpus else "bundle"
-        where = [
-            f"{role} {device} {bundles[0]}" + (f"-{bundles[-1]}" if len(bundles) > 1 else "")
-            for role, bundles in taken.items()
-            if role in self.config.ranks
-        ]
-        count = num_bundles(taken)
-        return f"{cluster.placement} on {count} {device}{'s' * (count > 1)}: {', '.join(where)}; reward function: none"
+        count, kind = num_bundles(taken), "GPU" if cluster.gpus else "bundle"
+        where = ", ".join(f"{role} {_span(taken[role])}" for role in self.config.ranks)
+        return f"{cluster.placement} on {count} {kind}{'s' * (count > 1)}: {where}; reward function on none"
 
     @property
     def numerics(self) -> str:
@@ -79,6 +74,10 @@ class Plan:
     def kv_tokens(self) -> int:
         per_token = self.decoder.kv_bytes_per_token(ELEMENT_BYTES[self.config.model.dtype])
         return int(self.config.rollout.kv_cache_gib * GIB) // per_token
+
+
+def _span(bundles: range) -> str:
+    return str(bundles[0]) if len(bundles) == 1 else f"{bundles[0]}-{bundles[-1]}"
 
 
 def count_parameters(d: DecoderConfig) -> int:

@@ -112,16 +112,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     del os.environ["PYTHONPATH"]
 
 
-def test_a_call_that_hangs_ends_with_the_roles_name(cluster) -> None:  # type: ignore[no-untyped-def]
-    event = cluster.spawn("sleeper", threading.Event)
-    assert event.is_set() is False
-    begin = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"role sleeper \(pid \d+\) did not finish wait\(\) within 2 s"):
-        event.wait(60)
-    assert time.monotonic() - begin < 30
-    cluster.stop(event)
-
-
 def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # type: ignore[no-untyped-def]
     judge = {"recipe": "recipes.arithmetic", "section": Reward(), "seed": 0}
     reward = cluster.spawn("judge", RewardFunction, **judge)
