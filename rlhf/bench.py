@@ -197,7 +197,7 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
-        cluster = LocalCluster(config.cluster)
+        cluster = LocalCluster(config.cluster, Path(folder))
         reward = spawn_judges(config, cluster)
         engines: dict[str, Ours | Peer] = {
             "onpolicy": Ours(config, task, cluster, Path(folder), clock),

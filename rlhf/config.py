@@ -194,9 +194,9 @@ class RoleSection(Section):
 
 
 class Cluster(Section):
-    """``threads`` per worker; ``gpus`` of the run; ``ranks`` of each model role, one per GPU by default;
-    ``placement``: rank r of every role on the same device, or each role on devices of its own;
-    ``timeout_s`` bounds every call to a role."""
+    """``threads`` per worker; ``gpus`` of the run; ``ranks`` of the policy (:attr:`Config.ranks` has the others');
+    ``placement``: rank r of every role on the same device, taking turns, or every rank on a device of its own, and what
+    roles can do at the same time they do; ``timeout_s`` bounds every call to a role."""
 
     kind: Literal["local", "ray"] = "local"
     gpus: NonNegativeInt = 0
@@ -205,10 +205,6 @@ class Cluster(Section):
     threads: PositiveInt = 2
     timeout_s: PositiveFloat = 1800
     start_timeout_s: PositiveFloat = 300
-
-    @property
-    def num_ranks(self) -> int:
-        return self.ranks or max(1, self.gpus)
 
 
 class Eval(Section):
@@ -256,16 +252,36 @@ class Config(Section):
             )
         return self
 
+    def section_of(self, role: str) -> RoleSection:
+        """Of any model role but the policy; all reward models have one."""
+        section: RoleSection = getattr(self, role.partition("-")[0])
+        return section
+
     def of_role(self, role: str) -> tuple[ModelSection, Train, int]:
         """Model, training and number of ranks of ``policy``, ``critic``, ``reference`` or a reward model (see
         ``Reward.model_roles``); where its section says nothing, the policy's, but for ``model.path``, then None."""
         if role == "policy":
-            return self.model, self.train, self.cluster.num_ranks
-        section: RoleSection = getattr(self, role.partition("-")[0])  # all reward models have one
+            return self.model, self.train, self.ranks["policy"]
+        section = self.section_of(role)
         own = {key: value for key, value in section.model_dump().items() if value is not None}
         model = self.model.model_copy(update={key: own[key] for key in own if key in ModelSection.model_fields})
         train = self.train.model_copy(update={key: own[key] for key in own if key in Train.model_fields})
-        return model.model_copy(update={"path": section.path}), train, section.ranks or self.cluster.num_ranks
+        return model.model_copy(update={"path": section.path}), train, self.ranks[role]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks of every model role: the policy and whom its algorithm asks for.
+
+        Colocated, a role has as many as the policy, and that has one per GPU, where nothing else is said. Separate,
+        each has one, and the policy the GPUs that the others leave.
+        """
+        roles = (*self.make_algorithm().roles, *self.reward.model_roles.values())
+        others = {role: self.section_of(role).ranks for role in roles}
+        if self.cluster.placement == "separate":
+            others = {role: ranks or 1 for role, ranks in others.items()}
+            return {"policy": self.cluster.ranks or max(1, self.cluster.gpus - sum(others.values())), **others}
+        policy = self.cluster.ranks or max(1, self.cluster.gpus)
+        return {"policy": policy, **{role: ranks or policy for role, ranks in others.items()}}
 
     def make_algorithm(self) -> algorithms.Algorithm:
         """The algorithm with its hyper-parameters. Raises ValueError for an unknown one or a bad value."""

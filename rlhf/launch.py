@@ -120,7 +120,7 @@ def launch(config: Config) -> Result:
     finished = False
     try:
         tracker = Tracker(config, run, console)
-        cluster = make_cluster(config.cluster, run.path / "roles")
+        cluster = make_cluster(config.cluster, run.path / "roles", config.ranks)
         checkpoint = task.checkpoint
         if config.warm_start.steps:
             checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)

@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.cluster.placement import num_bundles, seats
 from rlhf.config import Config, spell
 from rollout_engine.config import EngineConfig
 from rollout_engine.models import family
@@ -34,7 +35,6 @@ class Plan:
         axes = "  ".join(f"{key}={spell(value)}" for key, value in c.algorithm.items() if key != "name")
         models = [f"reward model {name}" for name in c.reward.models]
         roles = ", ".join(["policy (trainer + engine)", "reward", *models, *algorithm.roles])
-        ranks = c.cluster.num_ranks
         swap = "shared: the engine runs on the trainer's storage, 0 bytes a step"
         if c.train.zero_stage == 3:
             swap = f"copy: gathered and copied in place, {parameters * size / GIB:.3f} GiB a step and rank"
@@ -44,8 +44,8 @@ class Plan:
             f"data        {self.source}: {self.num_prompts} training prompts ({self.num_dropped} dropped as too long), "
             f"{self.num_eval} held out",
             f"model       {parameters / 1e6:.2f} M parameters, {c.model.dtype}, {parameters * size / GIB:.3f} GiB",
-            f"roles       {roles}; cluster {c.cluster.kind}, {ranks} rank{'s' * (ranks > 1)} per model role, "
-            f"{c.cluster.threads} threads each",
+            f"roles       {roles}; cluster {c.cluster.kind}, {c.cluster.threads} threads each",
+            f"placement   {self.placement}",
             *_wrapped(f"reward      {' + '.join(self.judges)}"),
             f"training    DeepSpeed ZeRO {c.train.zero_stage}, AdamW, "
             f"{parameters * 12 / GIB:.3f} GiB of gradients and moments",
@@ -56,6 +56,15 @@ class Plan:
             *_wrapped(f"algorithm   {c.algorithm['name']}: {axes}"),
         ]
         return "\n".join(lines) + "\n"
+
+    @property
+    def placement(self) -> str:
+        """Which role sits where."""
+        cluster = self.config.cluster
+        taken = seats(cluster.placement, self.config.ranks)
+        count, kind = num_bundles(taken), "GPU" if cluster.gpus else "bundle"
+        where = ", ".join(f"{role} {_span(taken[role])}" for role in self.config.ranks)
+        return f"{cluster.placement} on {count} {kind}{'s' * (count > 1)}: {where}; reward function on none"
 
     @property
     def numerics(self) -> str:
@@ -75,6 +84,10 @@ def _wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, 120, subsequent_indent=" " * 12, break_on_hyphens=False, break_long_words=False)
 
 
+def _span(bundles: range) -> str:
+    return str(bundles[0]) if len(bundles) == 1 else f"{bundles[0]}-{bundles[-1]}"
+
+
 def count_parameters(d: DecoderConfig) -> int:
     """Parameters of a decoder, norms and biases included."""
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
@@ -84,6 +97,29 @@ def count_parameters(d: DecoderConfig) -> int:
     embedding = d.vocab_size * d.hidden_size * (1 if d.tie_embeddings else 2)
     norms = (4 if d.post_norms else 2) * d.hidden_size
     return embedding + d.num_layers * (attention + mlp + norms) + d.hidden_size
+
+
+def check_placement(config: Config) -> None:
+    """Ranks fit the devices. Raises ValueError as :func:`check`."""
+    cluster, ranks = config.cluster, config.ranks
+    keys = {role: "cluster.ranks" if role == "policy" else f"{role}.ranks" for role in ranks}
+    for role, count in ranks.items():
+        if count > 1 and cluster.kind == "local":
+            raise ValueError(f"{keys[role]}={count}: cluster.kind=local runs one rank; set cluster.kind=ray")
+    given = ", ".join(f"{keys[role]}={count}" for role, count in ranks.items())
+    if cluster.placement == "separate":
+        if cluster.kind == "local":
+            raise ValueError("cluster.placement=separate: cluster.kind=local is one process; set cluster.kind=ray")
+        if cluster.gpus and sum(ranks.values()) != cluster.gpus:
+            raise ValueError(
+                f"cluster.placement=separate gives every rank a GPU of its own: {given} make {sum(ranks.values())}, "
+                f"and cluster.gpus={cluster.gpus}; change one of them, or set cluster.placement=colocated"
+            )
+    elif cluster.gpus and max(ranks.values()) != cluster.gpus:
+        raise ValueError(
+            f"{given} do not divide over cluster.gpus={cluster.gpus}: each rank has one GPU, which roles share; "
+            "the role with the most ranks must have as many as there are GPUs"
+        )
 
 
 def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -> DecoderConfig:
@@ -98,11 +134,8 @@ def check(config: Config, hf_config: Any, tokenizer: Any, longest_prompt: int) -
             f"rollout.prompts_per_step={r.prompts_per_step} x samples_per_prompt={r.samples_per_prompt} = {answers} "
             f"answers do not divide into algorithm.updates_per_rollout={updates} equal parts; change one of the three"
         )
-    ranks, gpus = config.cluster.num_ranks, config.cluster.gpus
-    if ranks > 1 and config.cluster.kind == "local":
-        raise ValueError(f"cluster.ranks={ranks}: cluster.kind=local runs one rank; set cluster.kind=ray")
-    if gpus and ranks != gpus:
-        raise ValueError(f"cluster.ranks={ranks} do not divide over cluster.gpus={gpus}: each rank has one GPU")
+    check_placement(config)
+    ranks = config.ranks["policy"]
     if r.prompts_per_step % ranks:
         raise ValueError(
             f"rollout.prompts_per_step={r.prompts_per_step} does not divide over cluster.ranks={ranks}; "

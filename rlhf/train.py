@@ -27,7 +27,7 @@ from rlhf.types import Prompt
 
 @dataclass(frozen=True)
 class Roles:
-    """``scorers`` fill a column of the batch before the update, in this order; ``learners`` by name."""
+    """``scorers`` each fill a column of the batch before the update, none reads another's; ``learners`` by name."""
 
     policy: Policy
     reward: Judges
@@ -86,13 +86,12 @@ def train(
         trajectories = rollouts.take(phase)
         with phase("score"):
             batch = pack(trajectories, mask_truncated=algorithm.mask_truncated)
-            for scorer in roles.scorers:
-                batch = scorer.score(batch)
+            batch = batch.with_columns_of(cluster.together([scorer.score for scorer in roles.scorers], batch))
             batch = algorithm.advantages(batch)
         with phase("train"):
             learners = [roles.learners[name] for name in algorithm.learners(step)]
             updates = [
-                merged(learner.update(minibatch) for learner in learners)
+                merged(cluster.together([learner.update for learner in learners], minibatch))
                 for minibatch in algorithm.minibatches(batch, config.rollout.max_tokens)
             ]
         with phase("swap"):
@@ -112,6 +111,7 @@ def train(
                 **mean_of(updates),
                 **latest.metrics,
                 **swap_metrics(swap),
+                **cluster.usage(),
                 **timing(times, started, step, config.run.steps, batch.num_tokens),
             },
         )

@@ -167,6 +167,11 @@ class Batch:
     def replace(self, **columns: Tensor) -> Batch:
         return replace(self, **columns)  # type: ignore[arg-type]
 
+    def with_columns_of(self, others: Sequence[Batch]) -> Batch:
+        """With the columns that the others, made from this one, have beyond its own."""
+        filled = {name: value for other in others for name, value in vars(other).items() if value is not None}
+        return replace(self, **{name: value for name, value in filled.items() if getattr(self, name) is None})
+
     @property
     def behaviour_logprobs(self) -> Tensor:
         """[T] log-probs under the distribution that the tokens were drawn from: what truncated sampling kept of the

@@ -37,7 +37,7 @@ def warm_start(
     policy = cluster.spawn(
         "warm_start",
         Policy,
-        ranks=config.cluster.num_ranks,
+        ranks=config.ranks["policy"],
         checkpoint=checkpoint,
         run_folder=run.path,
         model=config.model,

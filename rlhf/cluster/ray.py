@@ -1,41 +1,46 @@
-"""Each rank of each role in a Ray actor of its own. The only importer of ray."""
+"""Each rank of each role in a Ray actor of its own. Only this package imports ray."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayActorError, RayTaskError
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf import config
-from rlhf.cluster import PlacementError, Role, RoleDied
+from rlhf.cluster import PlacementError, Role
+from rlhf.cluster.placement import num_bundles, seats
+from rlhf.cluster.proxy import Call, Proxy, Ranks, finish
+from rlhf.cluster.watchdog import Watchdog, kill_if_alive, resident_bytes, start_time
 from rlhf.cluster.worker import Rendezvous, free_port, set_rendezvous, set_threads
 
 log = logging.getLogger(__name__)
 
-ROLES_PER_BUNDLE = 8  # rank r of every role sits in bundle r, and colocated roles take turns there
+ROLES_PER_BUNDLE = 8  # at most: colocated roles take turns on their bundle's device
 BUNDLE_CPU = 0.1  # a fraction, so that many ranks fit a small machine
-LOG_TAIL = 2000
 REPORT_EVERY_S = 10.0
+GIB, MIB = 1 << 30, 1 << 20
 
 
 @ray.remote(max_restarts=0)
 class _Worker:
     """A process that holds one rank of a role and runs its methods."""
 
-    def __init__(self, name: str, threads: int, log_file: str) -> None:
+    def __init__(self, name: str, threads: int, log_file: str, phase_file: str, timeout_s: float) -> None:
         with open(log_file, "ab", buffering=0) as file:  # whatever libraries print belongs in the role's log too
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+        self.watchdog = Watchdog(Path(phase_file))
+        self.timeout_s = timeout_s
         set_threads(threads)
         log.info("role %s: pid %d", name, os.getpid())
 
@@ -43,111 +48,40 @@ class _Worker:
         """Process id, address of the node, and a port that is free on it."""
         return os.getpid(), ray.util.get_node_ip_address(), free_port()
 
-    def build(self, meeting: Rendezvous, role: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        set_rendezvous(meeting)
-        self.role = role(**kwargs)
+    def usage(self) -> tuple[int, int]:
+        """Resident bytes, now and at the peak."""
+        return resident_bytes()
 
-    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return getattr(self.role, method)(*args, **kwargs)
+    def build(self, meeting: Rendezvous, role: Callable[..., Any], kwargs: dict[str, Any], timeout_s: float) -> None:
+        with self.watchdog.phase("build", timeout_s):
+            set_rendezvous(meeting)
+            self.role = role(**kwargs)
 
-    def stream(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-        yield from getattr(self.role, method)(*args, **kwargs)
+    def call(self, method: str, arguments: bytes) -> bytes:
+        with self.watchdog.phase(f"{method}()", self.timeout_s):
+            args, kwargs = cloudpickle.loads(arguments)
+            return cloudpickle.dumps(getattr(self.role, method)(*args, **kwargs))
 
-
-class _Proxy:
-    """Stands for a role in other processes: a method call is divided over the ranks and waits, with a bound."""
-
-    def __init__(self, name: str, role: Callable[..., Any], workers: list[Any], logs: list[Path], wait_s: float):
-        self._name = name
-        self._role = role
-        self._workers = workers
-        self._logs = logs
-        self._wait_s = wait_s
-        self._pids: list[int | str] = ["unknown"] * len(workers)
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_"):
-            raise AttributeError(method)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            ranks = len(self._workers)
-            function = getattr(self._role, method)
-            calls, join = [(args, kwargs)] * ranks, lambda results: results[0]
-            if ranks > 1 and hasattr(function, "divide"):
-                shares, join = function.divide(ranks, *args, **kwargs)
-                calls = [((), share) for share in shares]
-            if inspect.isgeneratorfunction(function):
-                return self._stream(method, calls)
-            pairs = zip(self._workers, calls, strict=True)
-            return join(self._gather(method, [w.call.remote(method, *call) for w, call in pairs], self._wait_s))
-
-        return call
-
-    def _stream(self, method: str, calls: list[Any]) -> Iterator[Any]:
-        """What the ranks yield, as it comes."""
-        pairs = zip(self._workers, calls, strict=True)
-        streams = [w.stream.options(num_returns="streaming").remote(method, *call) for w, call in pairs]
-        rank_of = {stream: rank for rank, stream in enumerate(streams)}
-        while streams:
-            stream = self._next(method, streams, rank_of, self._wait_s)
-            try:
-                item = next(stream)
-            except StopIteration:
-                streams.remove(stream)
-            else:
-                yield self._get(method, item, rank_of[stream])
-
-    def _gather(self, doing: str, references: list[Any], timeout_s: float) -> list[Any]:
-        """Results in the order of ranks; the first failure ends the wait, since the others may wait for it."""
-        deadline = time.monotonic() + timeout_s
-        rank_of = {reference: rank for rank, reference in enumerate(references)}
-        left = list(references)
-        results: dict[int, Any] = {}
-        while left:
-            ready = self._next(doing, left, rank_of, timeout_s, deadline - time.monotonic())
-            left.remove(ready)
-            rank = rank_of[ready]
-            results[rank] = self._get(doing, ready, rank)
-        return [results[rank] for rank in range(len(references))]
-
-    def _next(
-        self, doing: str, left: list[Any], rank_of: dict[Any, int], timeout_s: float, remaining_s: float | None = None
-    ) -> Any:
-        ready, _ = ray.wait(left, timeout=max(0.0, timeout_s if remaining_s is None else remaining_s))
-        if not ready:
-            late = ", ".join(self._label(rank_of[reference]) for reference in left)
-            raise TimeoutError(
-                f"{late} did not finish {doing}() within {timeout_s:.0f} s (cluster.timeout_s); "
-                f"log: {self._logs[rank_of[left[0]]]}"
-            )
-        return ready[0]
-
-    def _get(self, doing: str, reference: Any, rank: int) -> Any:
-        try:
-            return ray.get(reference)
-        except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
-            file = self._logs[rank]
-            tail = file.read_text(errors="replace")[-LOG_TAIL:] if file.exists() else ""
-            raise RoleDied(f"{self._label(rank)} died during {doing}(); last lines of {file}:\n{tail}") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, ValueError):  # bad input: the message is for the user, the traceback isn't
-                raise error.cause from None
-            raise
-
-    def _label(self, rank: int) -> str:
-        which = f" rank {rank}" if len(self._workers) > 1 else ""
-        return f"role {self._name}{which} (pid {self._pids[rank]})"
+    def stream(self, method: str, arguments: bytes) -> Iterator[bytes]:
+        args, kwargs = cloudpickle.loads(arguments)
+        items = getattr(self.role, method)(*args, **kwargs)
+        for item in self.watchdog.each(f"{method}()", items, self.timeout_s):
+            yield cloudpickle.dumps(item)
 
 
 class RayCluster:
-    """Starts a local Ray (or joins the one at RAY_ADDRESS) and reserves one bundle per data-parallel rank.
+    """Starts a local Ray (or joins the one at RAY_ADDRESS) and reserves the bundles that the roles sit in.
 
+    ``ranks``: data-parallel ranks of the roles that need a device, by name; others get no share of one.
     Raises PlacementError naming what was asked for and what there is.
     """
 
-    def __init__(self, section: config.Cluster, log_folder: Path) -> None:
+    def __init__(self, section: config.Cluster, log_folder: Path, ranks: Mapping[str, int]) -> None:
         self.section = section
         self.log_folder = log_folder
+        self.seats = seats(section.placement, ranks)
+        self.roles: list[Ranks] = []
+        self.started: dict[int, str | None] = {}  # processes on this node, and when they began
         log_folder.mkdir(parents=True, exist_ok=True)
         set_threads(section.threads)
         address = os.environ.get("RAY_ADDRESS", "local")
@@ -162,7 +96,7 @@ class RayCluster:
         try:
             # A Ray of our own doesn't grow: what it lacks now it will lack in five minutes.
             wait_s = 0.0 if address == "local" else section.start_timeout_s
-            self.group = _place([bundle] * section.num_ranks, wait_s)
+            self.group = _place([bundle] * num_bundles(self.seats), wait_s)
         except PlacementError:
             ray.shutdown()
             raise
@@ -176,41 +110,85 @@ class RayCluster:
             log.warning("role %s: the port of its rendezvous was taken meanwhile; once more", name)
             return self._start(name, role, ranks, kwargs)
 
-    def _start(self, name: str, role: Callable[..., Role], ranks: int, kwargs: dict[str, Any]) -> Role:
-        logs = [(self.log_folder / f"{name}-{rank}.log").resolve() for rank in range(ranks)]
+    def _start(self, name: str, role: Callable[..., Role], count: int, kwargs: dict[str, Any]) -> Role:
+        logs = [(self.log_folder / f"{name}-{rank}.log").resolve() for rank in range(count)]
+        phases = [file.with_suffix(".phase") for file in logs]
+        for file in phases:
+            file.unlink(missing_ok=True)  # an earlier role's of this name
         workers = [
-            _Worker.options(  # type: ignore[attr-defined]
-                num_cpus=BUNDLE_CPU / ROLES_PER_BUNDLE,
-                num_gpus=(1.0 if self.section.gpus else 0.0) / ROLES_PER_BUNDLE,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
-            ).remote(name, self.section.threads, str(logs[rank]))
-            for rank in range(ranks)
+            self._worker(name, bundle, str(logs[rank]), str(phases[rank]))
+            for rank, bundle in enumerate(self._bundles(name, count))
         ]
-        proxy = _Proxy(name, role, workers, logs, self.section.timeout_s)
+        ranks = Ranks(name, workers, logs, phases)
+        self.roles.append(ranks)
+        proxy = Proxy(role, ranks, self.section.timeout_s)
+        bound = ("cluster.start_timeout_s", self.section.start_timeout_s)
         try:
-            timeout_s = self.section.start_timeout_s
-            pids, nodes, ports = zip(
-                *proxy._gather("start", [w.where.remote() for w in workers], timeout_s), strict=True
-            )
-            proxy._pids = list(pids)
+            (found,) = finish([Call(ranks, "its start", [w.where.remote() for w in workers], bound)])
+            pids, nodes, ports = map(list, zip(*found, strict=True))
+            ranks.pids, ranks.nodes = pids, nodes
+            here = ray.util.get_node_ip_address()
+            self.started |= {pid: start_time(pid) for pid, node in zip(pids, nodes, strict=True) if node == here}
             for rank, pid in enumerate(pids):
-                log.info("role %s: pid %s (ray, rank %d of %d)", name, pid, rank, ranks)
+                log.info("role %s: pid %s (ray, rank %d of %d)", name, pid, rank, count)
             meet_at = nodes[0] if len(set(nodes)) > 1 else "127.0.0.1"
-            meetings = [Rendezvous(meet_at, ports[0], rank, ranks) for rank in range(ranks)]
-            built = [w.build.remote(at, role, kwargs) for w, at in zip(workers, meetings, strict=True)]
-            proxy._gather("build", built, timeout_s)
+            meetings = [Rendezvous(meet_at, ports[0], rank, count) for rank in range(count)]
+            built = [w.build.remote(at, role, kwargs, bound[1]) for w, at in zip(workers, meetings, strict=True)]
+            finish([Call(ranks, "its build", built, bound)])
         except BaseException:
             self.stop(proxy)
             raise
         return cast(Role, proxy)
 
+    def _bundles(self, name: str, count: int) -> Sequence[int]:
+        if name not in self.seats:
+            return [-1] * count  # any
+        if len(self.seats[name]) != count:
+            raise ValueError(f"role {name}: {count} ranks to start, {len(self.seats[name])} were announced; one number")
+        return self.seats[name]
+
+    def _worker(self, name: str, bundle: int, log_file: str, phase_file: str) -> Any:
+        share = 1.0 if self.section.placement == "separate" else 1.0 / ROLES_PER_BUNDLE
+        return _Worker.options(  # type: ignore[attr-defined]
+            num_cpus=BUNDLE_CPU / ROLES_PER_BUNDLE,
+            num_gpus=share if self.section.gpus and bundle >= 0 else 0.0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
+        ).remote(name, self.section.threads, log_file, phase_file, self.section.timeout_s)
+
+    def together(self, methods: Sequence[Callable[..., Any]], *args: Any) -> list[Any]:
+        if self.section.placement == "colocated":
+            return [method(*args) for method in methods]
+        return finish([cast(Any, method).begin(*args) for method in methods])
+
+    def usage(self) -> dict[str, float]:
+        bound = ("cluster.timeout_s", self.section.timeout_s)
+        asked = [Call(role, "usage", [w.usage.remote() for w in role.workers], bound) for role in self.roles]
+        found: dict[str, float] = {}
+        for role, ranks in zip(self.roles, finish(asked), strict=True):
+            for rank, (resident, _) in enumerate(ranks):
+                if len(ranks) > 1:
+                    found[f"memory/{role.name}-{rank}_rss_gib"] = resident / GIB
+            found[f"memory/{role.name}_rss_gib"] = max(resident for resident, _ in ranks) / GIB
+            found[f"memory/{role.name}_peak_gib"] = max(peak for _, peak in ranks) / GIB
+            found[f"memory/{role.name}_sent_mib"] = role.sent / MIB
+            found[f"memory/{role.name}_received_mib"] = role.received / MIB
+            role.sent = role.received = 0
+        total, free = ray.cluster_resources(), ray.available_resources()
+        store = "object_store_memory"
+        found["memory/object_store_mib"] = (total.get(store, 0.0) - free.get(store, 0.0)) / MIB
+        return found
+
     def stop(self, role: Any) -> None:
-        for worker in role._workers:
+        for worker in role._ranks.workers:
             ray.kill(worker)
+        if role._ranks in self.roles:
+            self.roles.remove(role._ranks)
 
     def shutdown(self) -> None:
         remove_placement_group(self.group)
         ray.shutdown()
+        for pid, began in self.started.items():  # one that is stopped doesn't hear Ray
+            kill_if_alive(pid, began)
 
 
 def _place(bundles: list[dict[str, float]], wait_s: float) -> PlacementGroup:
@@ -231,7 +209,7 @@ def _place(bundles: list[dict[str, float]], wait_s: float) -> PlacementGroup:
             remove_placement_group(group)
             raise PlacementError(
                 f"Ray can't place {len(bundles)} bundles of {bundles[0]}: {state}. "
-                "Lower cluster.ranks or cluster.gpus, or join a larger cluster through RAY_ADDRESS"
+                "Lower cluster.ranks, a role's ranks or cluster.gpus, or join a larger cluster through RAY_ADDRESS"
             )
         log.info("waiting for a place, %.0f s at most: %s", deadline - time.monotonic(), state)
     return group

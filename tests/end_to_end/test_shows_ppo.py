@@ -1,4 +1,4 @@
-"""The long claims about PPO: a reward model that ranks held-out pairs, and a policy that it teaches, over three seeds."""
+"""The long claims about PPO: a reward model that ranks held-out pairs, and a policy that it teaches, three times."""
 
 from __future__ import annotations
 
