@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 # Before torch loads OpenMP, and inherited by Ray's workers: threads that spin while they wait make a step ten times
 # slower as soon as anything else wants the same cores.
@@ -22,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="run a config")
-    train.add_argument("config", help="YAML file")
+    train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--dry-run", action="store_true", help="check, print the plan and try the reward; start nothing")
+    train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder instead of starting one")
     init = commands.add_parser("init", help="print a packaged config, a starting point of your own")
     init.add_argument("name", nargs="?", help="leave out to list them")
     commands.add_parser("algorithms", help="list the algorithms and their hyper-parameters")
@@ -58,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     from rlhf.config import load_config
 
+    if args.resume is not None:
+        if args.dry_run:
+            raise ValueError("--dry-run tries a config, and --resume goes on with a run; give one of the two")
+        from rlhf.launch import resume
+
+        resume(Path(args.resume), [word for word in (args.config, *args.overrides) if word is not None])
+        return 0
+    if args.config is None:
+        raise ValueError("give a config (`rlhf init` lists the packaged ones), or --resume with a run folder")
     config = load_config(args.config, args.overrides)
     from rlhf.launch import dry_run, launch
 

@@ -164,8 +164,12 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
+    """A run whose role died or hung goes on by itself from its last checkpoint, ``max_restarts`` times at most."""
+
     every: NonNegativeInt = 0  # 0: only at the end
     keep_last: PositiveInt = 2
+    keep_best: Literal["eval/accuracy", "eval/reward"] | None = "eval/accuracy"  # stays while it is the largest
+    max_restarts: NonNegativeInt = 3
 
 
 class Tracking(Section):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.cluster import Cluster, make_cluster
+from rlhf.checkpoint import Checkpoints
+from rlhf.cluster import RoleDied, make_cluster
 from rlhf.config import Config, dump_config
 from rlhf.data import Renderer, load_rows, tokenize
 from rlhf.evaluate import Evaluation
 from rlhf.plan import Plan, check
 from rlhf.recipe import Recipe, load_recipe
+from rlhf.resume import check_same_data, fingerprint, resumed_config
 from rlhf.roles.reward import RewardFunction
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
@@ -46,6 +51,8 @@ class Result:
 def prepare(config: Config, folder: Path) -> Task:
     """Load recipe, tokenizer and prompts, check the arithmetic, and that all weights are there (without reading them).
 
+    ``folder`` is where a recipe's model is made.
+
     Raises ValueError with what was given, what is allowed and the way out.
     """
     from rollout_engine.models import family
@@ -55,7 +62,8 @@ def prepare(config: Config, folder: Path) -> Task:
     rows = load_rows(config.data, recipe, config.eval.prompts)
     if config.model.path is None:
         checkpoint = folder / "initial"
-        recipe.initial_model(checkpoint, config.run.seed)
+        if not checkpoint.exists():  # a resumed run has it
+            recipe.initial_model(checkpoint, config.run.seed)
     else:
         checkpoint = resolve(config.model.path, config.model.revision)
     if config.warm_start.steps:
@@ -90,17 +98,40 @@ def dry_run(config: Config) -> str:
 
 def launch(config: Config) -> Result:
     """Run a config to its end. The run folder is kept whatever happens."""
-    from rlhf.report import before_and_after, draw_curve
-    from rlhf.train import train
-    from rlhf.warm_start import warm_start
-
     with tempfile.TemporaryDirectory() as folder:  # bad input leaves no run folder behind
         task = prepare(config, Path(folder))
         run = RunFolder.create(config.run.dir, config.run.name)
         if task.checkpoint.is_relative_to(folder):  # made by the recipe
             task = replace(task, checkpoint=Path(shutil.move(task.checkpoint, run.path)))
+    run.write("data.json", json.dumps(fingerprint(task.prompts, task.eval_prompts), indent=1))
     run.write("config.yaml", dump_config(config))
     run.write_environment()
+    return _run(config, task, run)
+
+
+def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
+    """Go on with the run in ``folder`` from its newest whole checkpoint, or else from its start.
+
+    Raises ValueError for overrides and data that would make it another run, and where nothing is left to do.
+    """
+    run = RunFolder(folder.resolve())
+    config = resumed_config(run.path, overrides)
+    done = Checkpoints(run.path, config.checkpoint).done()
+    if done and int(done[-1].name) >= config.run.steps:
+        raise ValueError(
+            f"{folder} has finished: {int(done[-1].name)} steps are done, and run.steps={config.run.steps}. To train "
+            f"on, give it more: rlhf train --resume {folder} run.steps={2 * int(done[-1].name)}"
+        )
+    task = prepare(config, run.path)
+    check_same_data(run.path, fingerprint(task.prompts, task.eval_prompts))
+    run.write("config.yaml", dump_config(config))
+    return _run(config, task, run)
+
+
+def _run(config: Config, task: Task, run: RunFolder) -> Result:
+    """Train in a run folder that has its config, and say how it went."""
+    from rlhf.report import before_and_after, draw_curve
+
     console = Console(run.path / "train.log")
     handler = _ConsoleHandler(console)
     log.addHandler(handler)
@@ -108,30 +139,50 @@ def launch(config: Config) -> Result:
     run.write("plan.txt", str(task.plan))
     console.line(str(task.plan))
     console.line(f"run folder  {run.path}")
-    cluster: Cluster | None = None
     tracker: Tracker | None = None
     finished = False
     try:
         tracker = Tracker(config, run, console)
-        cluster = make_cluster(config.cluster, run.path / "roles")
-        checkpoint = task.checkpoint
-        if config.warm_start.steps:
-            checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
-        algorithm = config.make_algorithm()
-        before, after = train(config, algorithm, cluster, tracker, run, checkpoint, task.prompts, task.eval_prompts)
+        before, after = _train_with_restarts(config, task, run, tracker, console)
         draw_curve(tracker.history, before, run.path / "curve.png")
         console.line(before_and_after(before, after))
         gain = f"{before.metrics['eval/accuracy']:.3f} -> {after.metrics['eval/accuracy']:.3f}"
         console.line(f"held-out accuracy {gain}; curve, samples and checkpoint in {run.path}")
         finished = True
     finally:
-        if cluster:
-            cluster.shutdown()
         log.removeHandler(handler)
         console.close()
         if tracker:  # last: without a network it may take its time, or fail
             tracker.close(failed=not finished)
     return Result(run.path, before, after)
+
+
+def _train_with_restarts(
+    config: Config, task: Task, run: RunFolder, tracker: Tracker, console: Console
+) -> tuple[Evaluation, Evaluation]:
+    """Warm start and training. When a role dies or hangs, everything is started anew, from the last checkpoint."""
+    from rlhf.train import train
+    from rlhf.warm_start import warm_start
+
+    checkpoints = Checkpoints(run.path, config.checkpoint)
+    for restart in itertools.count(1):
+        done = checkpoints.done()
+        if done:
+            console.line(f"goes on after step {int(done[-1].name)}, from {done[-1]}")
+        cluster = make_cluster(config.cluster, run.path / "roles")
+        try:
+            checkpoint = task.checkpoint
+            if config.warm_start.steps:
+                checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
+            algorithm = config.make_algorithm()
+            return train(config, algorithm, cluster, tracker, run, checkpoint, task.prompts, task.eval_prompts)
+        except (RoleDied, TimeoutError) as error:
+            if restart > config.checkpoint.max_restarts:
+                raise
+            console.line(f"{error}\nrestart {restart} of at most {config.checkpoint.max_restarts}")
+        finally:
+            cluster.shutdown()
+    raise AssertionError("unreachable")
 
 
 class _ConsoleHandler(logging.Handler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from rlhf.config import Config
 from rlhf.data import PromptStream
@@ -27,6 +28,14 @@ class Rollouts:
         self.params = SamplingParams(
             n=rollout.samples_per_prompt, temperature=rollout.temperature, max_tokens=rollout.max_tokens
         )
+
+    def state(self) -> dict[str, Any]:
+        """Where the prompts are. Plain values and the package's own types, to be pickled with a checkpoint."""
+        return {"position": self.stream.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.stream.position = state["position"]
 
     def take(self, phase: Phase) -> list[Trajectory]:
         """Answers to the next ``prompts_per_step`` prompts, groups in the order of the prompts."""

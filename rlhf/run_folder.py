@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -61,21 +60,3 @@ class RunFolder:
             os.replace(tmp, path)
         else:
             write_atomic(path, text)
-
-    def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint at ``step``."""
-        return self.path / "checkpoints" / f"{step:06d}"
-
-    def finish_checkpoint(self, step: int, state: dict[str, Any], keep_last: int) -> None:
-        """The weights are on disk: state, then DONE, then ``latest``. The last ``keep_last`` stay."""
-        folder = self.checkpoint(step)
-        write_atomic(folder / "state.json", json.dumps(state, indent=1))
-        write_atomic(folder / "DONE", "")
-        link = folder.parent / "latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        os.replace(link, folder.parent / "latest")
-        done = sorted(p for p in folder.parent.iterdir() if p.name.isdigit() and (p / "DONE").exists())
-        for old in done[:-keep_last]:
-            (old / "DONE").unlink()
-            shutil.rmtree(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import traceback
@@ -91,6 +92,16 @@ class RewardFunction:
         """Judge the answers to these prompts: :meth:`submit` and :meth:`collect`."""
         self.submit([(group, *pair) for group, pair in enumerate(zip(prompts, completions, strict=True))])
         return self.collect(control=control)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what the next step depends on: the control's random state."""
+        folder.mkdir()
+        (folder / "random.json").write_text(json.dumps(self.random.getstate()))
+
+    def load_state(self, folder: Path) -> None:
+        """Be where the role was that wrote ``folder``."""
+        version, numbers, gauss = json.loads((folder / "random.json").read_text())
+        self.random.setstate((version, tuple(numbers), gauss))
 
     def _verdicts(self, group: _Group) -> Iterator[tuple[Completion, Verdict]]:
         for call in group.calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -31,6 +32,17 @@ class Tracker:
             from rlhf.tracking.wandb import WandbTracker
 
             self._wandb = WandbTracker(config, run.path)
+
+    def rewind(self, step: int, progress: dict[str, int]) -> None:
+        """The run goes on after ``step``: forget the steps that came later. ``progress``: the counters as of then."""
+        path = self.run.path / "metrics.jsonl"
+        kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, path.read_text().splitlines()))
+        self._file.close()
+        self.run.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        rows = [json.loads(line) for line in kept]
+        self.history = [{n: math.nan if value is None else value for n, value in row.items()} for row in rows]
+        self.progress = dict(progress)
 
     @contextmanager
     def phase(self, step: int, times: dict[str, float], name: str) -> Iterator[None]:
@@ -74,6 +86,14 @@ class Tracker:
         self._file.close()
         if self._wandb:
             self._wandb.close(failed)
+
+
+def _step_of(line: str) -> float:
+    """Of a line of metrics.jsonl; of one that a kill cut short, infinity."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def _row(step: int, t: Trajectory, advantage: float | None) -> dict[str, Any]:

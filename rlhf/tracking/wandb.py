@@ -10,6 +10,7 @@ from typing import Any
 import wandb
 
 from rlhf.config import Config
+from rlhf.run_folder import write_atomic
 
 COLUMNS = ("step", "prompt", "answer", "reward", "parts", "advantage", "finish_reason", "version", "logprob")
 
@@ -24,14 +25,22 @@ def _has_key() -> bool:
 
 
 class WandbTracker:
-    """One W&B run. Scalars have three x-axes: step, samples, tokens; samples go to incremental tables."""
+    """One W&B run, which a resumed run continues; after a restart, steps that are done again are there twice.
+
+    Scalars have three x-axes: step, samples, tokens; samples go to incremental tables.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
         wanted = config.tracking.wandb
         mode: str = wanted
         if wanted == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        run_id = folder / "wandb_id.txt"
+        if not run_id.exists():
+            write_atomic(run_id, wandb.util.generate_id())
         self.run = wandb.init(
+            id=run_id.read_text(),
+            resume="allow",
             project=config.tracking.project,
             name=f"{config.run.name}-{folder.name}",
             dir=folder,
