@@ -22,26 +22,30 @@ from rlhf.evaluate import Evaluation
 from rlhf.run_folder import write_atomic
 
 
-class Stateful(Protocol):
-    """A role that remembers something from step to step."""
+class Learner(Protocol):
+    """A role that learns; all its ranks are called, and share the folders."""
 
     def save_state(self, folder: Path) -> None:
-        """Write what this rank remembers into a new folder that all ranks share."""
+        """Write everything that the next step depends on into a new folder."""
 
     def load_state(self, folder: Path) -> None:
-        """Be as the role was that wrote the folder; called before anything else is."""
+        """Be where the role was that wrote the folder; before the first step."""
+
+    def save(self, folder: Path) -> None:
+        """Write the weights into a new folder, as transformers loads them."""
 
 
 @dataclass(frozen=True)
 class LoopState:
     """What the loop itself knows after ``step`` steps.
 
-    algorithm: with what it has adapted. rollouts: :meth:`rlhf.rollouts.Rollouts.state`. before, latest: evaluations.
+    algorithm: with what it has adapted. rollouts, reward: their ``state()``. before, latest: evaluations.
     progress: samples and tokens so far. elapsed_s: seconds of training so far.
     """
 
     algorithm: Algorithm
     rollouts: dict[str, Any]
+    reward: dict[str, Any]
     before: Evaluation
     latest: Evaluation
     step: int = 0
@@ -62,22 +66,21 @@ class Checkpoints:
             return []
         return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and (p / "DONE").exists())
 
-    def save(self, state: LoopState, roles: Mapping[str, Stateful], learners: Mapping[str, Any]) -> None:
-        """Write the checkpoint of ``state.step``. ``learners`` also leave weights that transformers loads."""
+    def save(self, state: LoopState, learners: Mapping[str, Learner]) -> None:
+        """Write the checkpoint of ``state.step``."""
         folder = self.begin(state.step)
-        for name, role in roles.items():
-            role.save_state(folder / "trainer" / name)
         for name, role in learners.items():
+            role.save_state(folder / "trainer" / name)
             role.save(folder / "hf" if name == "policy" else folder / name / "hf")
         (folder / "trainer" / "loop.pkl").write_bytes(pickle.dumps(state))
         self.finish(folder, {"step": state.step, **state.latest.metrics})
 
-    def load(self, roles: Mapping[str, Stateful]) -> LoopState | None:
-        """Bring the roles to where they were at the newest whole checkpoint. None: there is none, nothing was done."""
+    def load(self, learners: Mapping[str, Learner]) -> LoopState | None:
+        """Bring the learners to where they were at the newest whole checkpoint. None: there is none; nothing is done."""
         found = self.done()
         if not found:
             return None
-        for name, role in roles.items():
+        for name, role in learners.items():
             role.load_state(found[-1] / "trainer" / name)
         state: LoopState = pickle.loads((found[-1] / "trainer" / "loop.pkl").read_bytes())
         return state

@@ -35,11 +35,6 @@ class Roles:
     scorers: list[Any]
     learners: dict[str, Policy | Critic]
 
-    @property
-    def stateful(self) -> dict[str, Policy | Critic | RewardFunction]:
-        """Those that remember something from step to step, by name."""
-        return {**self.learners, "reward": self.reward}
-
 
 def spawn_roles(config: Config, algorithm: Algorithm, cluster: Cluster, run: RunFolder, checkpoint: Path) -> Roles:
     """Everybody that the algorithm asks for. ``checkpoint``: what the policy starts from."""
@@ -88,13 +83,14 @@ def train(
     policy, reward = roles.policy, roles.reward
     rollouts = Rollouts(config, policy, reward, prompts)
     checkpoints = Checkpoints(run.path, config.checkpoint)
-    state = checkpoints.load(roles.stateful)
+    state = checkpoints.load(roles.learners)
     if state is None:
         before = evaluate(config, policy, reward, eval_prompts, step=0)
-        state = LoopState(algorithm, rollouts.state(), before, before)
+        state = LoopState(algorithm, rollouts.state(), reward.state(), before, before)
         tracker.evaluated(before)
     algorithm, before, latest = state.algorithm, state.before, state.latest
     rollouts.restore(state.rollouts)
+    reward.restore(state.reward)
     tracker.rewind(state.step, state.progress)
     started = time.perf_counter() - state.elapsed_s
 
@@ -136,6 +132,8 @@ def train(
         algorithm = algorithm.adapted(batch)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             elapsed = time.perf_counter() - started
-            state = LoopState(algorithm, rollouts.state(), before, latest, step, tracker.progress, elapsed)
-            checkpoints.save(state, roles.stateful, roles.learners)
+            state = LoopState(
+                algorithm, rollouts.state(), reward.state(), before, latest, step, tracker.progress, elapsed
+            )
+            checkpoints.save(state, roles.learners)
     return before, latest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import traceback
@@ -93,15 +92,13 @@ class RewardFunction:
         self.submit([(group, *pair) for group, pair in enumerate(zip(prompts, completions, strict=True))])
         return self.collect(control=control)
 
-    def save_state(self, folder: Path) -> None:
-        """Write what the next step depends on: the control's random state."""
-        folder.mkdir()
-        (folder / "random.json").write_text(json.dumps(self.random.getstate()))
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as this one would: the control's random state."""
+        return {"random": self.random.getstate()}
 
-    def load_state(self, folder: Path) -> None:
-        """Be where the role was that wrote ``folder``."""
-        version, numbers, gauss = json.loads((folder / "random.json").read_text())
-        self.random.setstate((version, tuple(numbers), gauss))
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.random.setstate(state["random"])
 
     def _verdicts(self, group: _Group) -> Iterator[tuple[Completion, Verdict]]:
         for call in group.calls:

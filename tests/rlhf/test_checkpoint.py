@@ -51,14 +51,13 @@ def evaluation(step: int, accuracy: float) -> Evaluation:
 
 def save(checkpoints: Checkpoints, step: int, accuracy: float = 0.0, measured_at: int | None = None) -> None:
     latest = evaluation(step if measured_at is None else measured_at, accuracy)
-    state = LoopState(GRPO(), {"position": step}, latest, latest, step, {"samples": step, "tokens": 0}, 1.0)
-    roles = {"policy": Role(step), "critic": Role(step)}
-    checkpoints.save(state, {**roles, "reward": Role(step)}, roles)
+    state = LoopState(GRPO(), {"position": step}, {}, latest, latest, step, {"samples": step, "tokens": 0}, 1.0)
+    checkpoints.save(state, {"policy": Role(step), "critic": Role(step)})
 
 
 def loaded(checkpoints: Checkpoints) -> int:
     """The step that a resumed run goes on from; all its parts must agree on it."""
-    roles = {name: Role() for name in ("policy", "critic", "reward")}
+    roles = {name: Role() for name in ("policy", "critic")}
     state = checkpoints.load(roles)
     assert state is not None
     assert {role.number for role in roles.values()} == {state.step} == {state.rollouts["position"]}
@@ -81,7 +80,7 @@ def test_a_checkpoint_has_its_parts(tmp_path: Path) -> None:
     save(checkpoints, 100, 0.5)
     latest = tmp_path / "checkpoints" / "latest"
     assert latest.readlink() == Path("000100")
-    parts = [f"trainer/{role}/{name}" for role in ("critic", "policy", "reward") for name in "ab"]
+    parts = [f"trainer/{role}/{name}" for role in ("critic", "policy") for name in "ab"]
     weights = ["critic/hf/model.safetensors", "hf/model.safetensors"]
     files = sorted(str(p.relative_to(latest.resolve())) for p in latest.resolve().rglob("*") if p.is_file())
     assert files == sorted(["DONE", "state.json", "trainer/loop.pkl", *parts, *weights])

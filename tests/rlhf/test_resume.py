@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit by bit; one whose role dies goes on by itself; bad resumes are refused."""
+"""A resumed run is the uninterrupted one, bit by bit; one whose role dies goes on by itself; bad input is refused."""
 
 from __future__ import annotations
 
