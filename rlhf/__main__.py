@@ -65,8 +65,8 @@ def _train(args: argparse.Namespace) -> int:
             raise ValueError("--dry-run tries a config, and --resume goes on with a run; give one of the two")
         from rlhf.launch import resume
 
-        resume(Path(args.resume), [word for word in (args.config, *args.overrides) if word is not None])
-        return 0
+        overrides = [word for word in (args.config, *args.overrides) if word is not None]
+        return 0 if resume(Path(args.resume), overrides).learnt else 1
     if args.config is None:
         raise ValueError("give a config (`rlhf init` lists the packaged ones), or --resume with a run folder")
     config = load_config(args.config, args.overrides)
@@ -74,9 +74,8 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         print(dry_run(config))
-    else:
-        launch(config)
-    return 0
+        return 0
+    return 0 if launch(config).learnt else 1
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -66,6 +66,11 @@ class Checkpoints:
             return []
         return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and (p / "DONE").exists())
 
+    @property
+    def last_step(self) -> int:
+        """Of the newest whole checkpoint; 0 where there is none."""
+        return max((int(folder.name) for folder in self.done()), default=0)
+
     def save(self, state: LoopState, learners: Mapping[str, Learner]) -> None:
         """Write the checkpoint of ``state.step``."""
         folder = self.begin(state.step)
@@ -76,7 +81,7 @@ class Checkpoints:
         self.finish(folder, {"step": state.step, **state.latest.metrics})
 
     def load(self, learners: Mapping[str, Learner]) -> LoopState | None:
-        """Bring the learners to where they were at the newest whole checkpoint. None: there is none; nothing is done."""
+        """Bring the learners to where they were at the newest whole checkpoint. None where there is no such."""
         found = self.done()
         if not found:
             return None

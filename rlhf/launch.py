@@ -46,6 +46,7 @@ class Result:
     folder: Path
     before: Evaluation
     after: Evaluation
+    learnt: bool  # False: every update of the policy was skipped
 
 
 def prepare(config: Config, folder: Path) -> Task:
@@ -103,10 +104,11 @@ def launch(config: Config) -> Result:
         run = RunFolder.create(config.run.dir, config.run.name)
         if task.checkpoint.is_relative_to(folder):  # made by the recipe
             task = replace(task, checkpoint=Path(shutil.move(task.checkpoint, run.path)))
-    run.write("data.json", json.dumps(fingerprint(task.prompts, task.eval_prompts), indent=1))
-    run.write("config.yaml", dump_config(config))
-    run.write_environment()
-    return _run(config, task, run)
+    with run.locked():
+        run.write("data.json", json.dumps(fingerprint(task.prompts, task.eval_prompts), indent=1))
+        run.write("config.yaml", dump_config(config))
+        run.write_environment()
+        return _run(config, task, run)
 
 
 def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
@@ -116,16 +118,17 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
     """
     run = RunFolder(folder.resolve())
     config = resumed_config(run.path, overrides)
-    done = Checkpoints(run.path, config.checkpoint).done()
-    if done and int(done[-1].name) >= config.run.steps:
-        raise ValueError(
-            f"{folder} has finished: {int(done[-1].name)} steps are done, and run.steps={config.run.steps}. To train "
-            f"on, give it more: rlhf train --resume {folder} run.steps={2 * int(done[-1].name)}"
-        )
-    task = prepare(config, run.path)
-    check_same_data(run.path, fingerprint(task.prompts, task.eval_prompts))
-    run.write("config.yaml", dump_config(config))
-    return _run(config, task, run)
+    with run.locked():
+        done = Checkpoints(run.path, config.checkpoint).last_step
+        if done >= config.run.steps:
+            raise ValueError(
+                f"{folder} has finished: {done} steps are done, and run.steps={config.run.steps}. To train on, give it "
+                f"more: rlhf train --resume {folder} run.steps={2 * done}"
+            )
+        task = prepare(config, run.path)
+        check_same_data(run.path, fingerprint(task.prompts, task.eval_prompts))
+        run.write("config.yaml", dump_config(config))
+        return _run(config, task, run)
 
 
 def _run(config: Config, task: Task, run: RunFolder) -> Result:
@@ -140,7 +143,7 @@ def _run(config: Config, task: Task, run: RunFolder) -> Result:
     console.line(str(task.plan))
     console.line(f"run folder  {run.path}")
     tracker: Tracker | None = None
-    finished = False
+    learnt = False
     try:
         tracker = Tracker(config, run, console)
         before, after = _train_with_restarts(config, task, run, tracker, console)
@@ -148,13 +151,19 @@ def _run(config: Config, task: Task, run: RunFolder) -> Result:
         console.line(before_and_after(before, after))
         gain = f"{before.metrics['eval/accuracy']:.3f} -> {after.metrics['eval/accuracy']:.3f}"
         console.line(f"held-out accuracy {gain}; curve, samples and checkpoint in {run.path}")
-        finished = True
+        last = tracker.history[-1]
+        learnt = last["policy/version"] > 0 or not last.get("policy/skipped_updates")
+        if not learnt:
+            console.line(
+                f"NOTHING WAS LEARNT: all {last['policy/skipped_updates']:.0f} updates of the policy were skipped: "
+                f"their gradients are not finite. Their batches are {run.path}/skipped-policy-*.pt"
+            )
     finally:
         log.removeHandler(handler)
         console.close()
         if tracker:  # last: without a network it may take its time, or fail
-            tracker.close(failed=not finished)
-    return Result(run.path, before, after)
+            tracker.close(failed=not learnt)
+    return Result(run.path, before, after, learnt)
 
 
 def _train_with_restarts(
@@ -166,9 +175,8 @@ def _train_with_restarts(
 
     checkpoints = Checkpoints(run.path, config.checkpoint)
     for restart in itertools.count(1):
-        done = checkpoints.done()
-        if done:
-            console.line(f"goes on after step {int(done[-1].name)}, from {done[-1]}")
+        if checkpoints.last_step:
+            console.line(f"goes on after step {checkpoints.last_step}")
         cluster = make_cluster(config.cluster, run.path / "roles")
         try:
             checkpoint = task.checkpoint

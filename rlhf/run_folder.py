@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,16 @@ class RunFolder:
                 return cls((parent / f"{number:04d}").resolve())
             except FileExistsError:
                 number += 1
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from working on the run; a dead one keeps nobody. Raises ValueError where one is."""
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is at work on {self.path}; wait for its end, or end it") from None
+            yield
 
     def write(self, name: str, text: str) -> None:
         write_atomic(self.path / name, text)

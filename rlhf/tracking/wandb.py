@@ -36,10 +36,8 @@ class WandbTracker:
         if wanted == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         run_id = folder / "wandb_id.txt"
-        if not run_id.exists():
-            write_atomic(run_id, wandb.util.generate_id())
         self.run = wandb.init(
-            id=run_id.read_text(),
+            id=run_id.read_text() if run_id.exists() else None,
             resume="allow",
             project=config.tracking.project,
             name=f"{config.run.name}-{folder.name}",
@@ -48,6 +46,7 @@ class WandbTracker:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
+        write_atomic(run_id, self.run.id)
         for axis in ("step", "samples", "tokens"):
             self.run.define_metric(f"progress/{axis}")
         self.run.define_metric("*", step_metric="progress/step")
