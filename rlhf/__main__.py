@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 # Before torch loads OpenMP, and inherited by Ray's workers: threads that spin while they wait make a step ten times
 # slower as soon as anything else wants the same cores.
@@ -22,11 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="run a config")
+    train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("--dry-run", action="store_true", help="check, print the plan and try the reward; start nothing")
+    train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder instead of starting one")
     reward_model = commands.add_parser("reward-model", help="train a reward model on preference pairs")
+    reward_model.add_argument("config", help="YAML file")
     reward_model.add_argument("--dry-run", action="store_true", help="check and print the plan; start nothing")
     for command in (train, reward_model):
-        command.add_argument("config", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     init = commands.add_parser("init", help="print a packaged config, a starting point of your own")
     init.add_argument("name", nargs="?", help="leave out to list them")
@@ -61,14 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     from rlhf.config import load_config
 
+    if args.resume is not None:
+        if args.dry_run:
+            raise ValueError("--dry-run tries a config, and --resume goes on with a run; give one of the two")
+        from rlhf.launch import resume
+
+        overrides = [word for word in (args.config, *args.overrides) if word is not None]
+        return 0 if resume(Path(args.resume), overrides).learnt else 1
+    if args.config is None:
+        raise ValueError("give a config (`rlhf init` lists the packaged ones), or --resume with a run folder")
     config = load_config(args.config, args.overrides)
     from rlhf.launch import dry_run, launch
 
     if args.dry_run:
         print(dry_run(config))
-    else:
-        launch(config)
-    return 0
+        return 0
+    return 0 if launch(config).learnt else 1
 
 
 def _reward_model(args: argparse.Namespace) -> int:

@@ -215,8 +215,12 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
+    """A run whose role died or hung goes on by itself from its last checkpoint, ``max_restarts`` times at most."""
+
     every: NonNegativeInt = 0  # 0: only at the end
     keep_last: PositiveInt = 2
+    keep_best: Literal["eval/accuracy", "eval/reward"] | None = "eval/accuracy"  # stays while it is the largest
+    max_restarts: NonNegativeInt = 3
 
 
 class Tracking(Section):
@@ -278,8 +282,8 @@ class Config(Section):
         roles = (*self.make_algorithm().roles, *self.reward.model_roles.values())
         others = {role: self.section_of(role).ranks for role in roles}
         if self.cluster.placement == "separate":
-            others = {role: ranks or 1 for role, ranks in others.items()}
-            return {"policy": self.cluster.ranks or max(1, self.cluster.gpus - sum(others.values())), **others}
+            own = {role: ranks or 1 for role, ranks in others.items()}
+            return {"policy": self.cluster.ranks or max(1, self.cluster.gpus - sum(own.values())), **own}
         policy = self.cluster.ranks or max(1, self.cluster.gpus)
         return {"policy": policy, **{role: ranks or policy for role, ranks in others.items()}}
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.cluster import Cluster, make_cluster
+from rlhf.checkpoint import Checkpoints
+from rlhf.cluster import RoleDied, make_cluster
 from rlhf.config import Config, dump_config
 from rlhf.data import Renderer, load_rows, tokenize
 from rlhf.evaluate import Evaluation
 from rlhf.judging import Judges, check_judges
 from rlhf.plan import Plan, check
 from rlhf.recipe import Recipe, load_recipe
+from rlhf.resume import check_same_data, fingerprint, resumed_config
 from rlhf.roles.reward import RewardFunction
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
@@ -42,10 +47,13 @@ class Result:
     folder: Path
     before: Evaluation
     after: Evaluation
+    learnt: bool  # False: every update of the policy was skipped
 
 
 def prepare(config: Config, folder: Path) -> Task:
     """Load recipe, tokenizer and prompts, check the arithmetic, and that all weights are there (without reading them).
+
+    ``folder`` is where a recipe's model is made.
 
     Raises ValueError with what was given, what is allowed and the way out.
     """
@@ -56,7 +64,8 @@ def prepare(config: Config, folder: Path) -> Task:
     rows = load_rows(config.data, recipe, config.eval.prompts)
     if config.model.path is None:
         checkpoint = folder / "initial"
-        recipe.initial_model(checkpoint, config.run.seed)
+        if not checkpoint.exists():  # a resumed run has it
+            recipe.initial_model(checkpoint, config.run.seed)
     else:
         checkpoint = resolve(config.model.path, config.model.revision)
     if config.warm_start.steps:
@@ -97,17 +106,42 @@ def dry_run(config: Config) -> str:
 
 def launch(config: Config) -> Result:
     """Run a config to its end. The run folder is kept whatever happens."""
-    from rlhf.report import before_and_after, draw_curve
-    from rlhf.train import train
-    from rlhf.warm_start import warm_start
-
     with tempfile.TemporaryDirectory() as folder:  # bad input leaves no run folder behind
         task = prepare(config, Path(folder))
         run = RunFolder.create(config.run.dir, config.run.name)
         if task.checkpoint.is_relative_to(folder):  # made by the recipe
             task = replace(task, checkpoint=Path(shutil.move(task.checkpoint, run.path)))
-    run.write("config.yaml", dump_config(config))
-    run.write_environment()
+    with run.locked():
+        run.write("data.json", json.dumps(fingerprint(task.prompts, task.eval_prompts), indent=1))
+        run.write("config.yaml", dump_config(config))
+        run.write_environment()
+        return _run(config, task, run)
+
+
+def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
+    """Go on with the run in ``folder`` from its newest whole checkpoint, or else from its start.
+
+    Raises ValueError for overrides and data that would make it another run, and where nothing is left to do.
+    """
+    run = RunFolder(folder.resolve())
+    config = resumed_config(run.path, overrides)
+    with run.locked():
+        done = Checkpoints(run.path, config.checkpoint).last_step
+        if done >= config.run.steps:
+            raise ValueError(
+                f"{folder} has finished: {done} steps are done, and run.steps={config.run.steps}. To train on, give it "
+                f"more: rlhf train --resume {folder} run.steps={2 * done}"
+            )
+        task = prepare(config, run.path)
+        check_same_data(run.path, fingerprint(task.prompts, task.eval_prompts))
+        run.write("config.yaml", dump_config(config))
+        return _run(config, task, run)
+
+
+def _run(config: Config, task: Task, run: RunFolder) -> Result:
+    """Train in a run folder that has its config, and say how it went."""
+    from rlhf.report import before_and_after, draw_curve
+
     console = Console(run.path / "train.log")
     handler = ConsoleHandler(console)
     log.addHandler(handler)
@@ -115,17 +149,11 @@ def launch(config: Config) -> Result:
     run.write("plan.txt", str(task.plan))
     console.line(str(task.plan))
     console.line(f"run folder  {run.path}")
-    cluster: Cluster | None = None
     tracker: Tracker | None = None
-    finished = False
+    learnt = False
     try:
         tracker = Tracker(config, run, console)
-        cluster = make_cluster(config.cluster, run.path / "roles", config.ranks)
-        checkpoint = task.checkpoint
-        if config.warm_start.steps:
-            checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
-        algorithm = config.make_algorithm()
-        before, after = train(config, algorithm, cluster, tracker, run, checkpoint, task.prompts, task.eval_prompts)
+        before, after = _train_with_restarts(config, task, run, tracker, console)
         draw_curve(tracker.history, before, run.path / "curve.png")
         console.line(before_and_after(before, after))
         gain = {axis: [f"{e.metrics[f'eval/{axis}']:.3f}" for e in (before, after)] for axis in ("accuracy", "reward")}
@@ -133,12 +161,44 @@ def launch(config: Config) -> Result:
             del gain["reward"]
         gains = ", ".join(f"{axis} {' -> '.join(ends)}" for axis, ends in gain.items())
         console.line(f"held-out {gains}; curve, samples and checkpoint in {run.path}")
-        finished = True
+        run.link_as_latest()
+        last = tracker.history[-1]
+        learnt = last["policy/version"] > 0 or not last.get("policy/skipped_updates")
+        if not learnt:
+            console.line(
+                f"NOTHING WAS LEARNT: all {last['policy/skipped_updates']:.0f} updates of the policy were skipped: "
+                f"their gradients are not finite. Their batches are {run.path}/skipped-policy-*.pt"
+            )
     finally:
-        if cluster:
-            cluster.shutdown()
         log.removeHandler(handler)
         console.close()
         if tracker:  # last: without a network it may take its time, or fail
-            tracker.close(failed=not finished)
-    return Result(run.path, before, after)
+            tracker.close(failed=not learnt)
+    return Result(run.path, before, after, learnt)
+
+
+def _train_with_restarts(
+    config: Config, task: Task, run: RunFolder, tracker: Tracker, console: Console
+) -> tuple[Evaluation, Evaluation]:
+    """Warm start and training. When a role dies or hangs, everything is started anew, from the last checkpoint."""
+    from rlhf.train import train
+    from rlhf.warm_start import warm_start
+
+    checkpoints = Checkpoints(run.path, config.checkpoint)
+    for restart in itertools.count(1):
+        if checkpoints.last_step:
+            console.line(f"goes on after step {checkpoints.last_step}")
+        cluster = make_cluster(config.cluster, run.path / "roles", config.ranks)
+        try:
+            checkpoint = task.checkpoint
+            if config.warm_start.steps:
+                checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
+            algorithm = config.make_algorithm()
+            return train(config, algorithm, cluster, tracker, run, checkpoint, task.prompts, task.eval_prompts)
+        except (RoleDied, TimeoutError) as error:
+            if restart > config.checkpoint.max_restarts:
+                raise
+            console.line(f"{error}\nrestart {restart} of at most {config.checkpoint.max_restarts}")
+        finally:
+            cluster.shutdown()
+    raise AssertionError("unreachable")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
 import platform
-import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,25 @@ class RunFolder:
             except FileExistsError:
                 number += 1
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from working on the run; a dead one keeps nobody. Raises ValueError where one is."""
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is at work on {self.path}; wait for its end, or end it") from None
+            yield
+
     def write(self, name: str, text: str) -> None:
         write_atomic(self.path / name, text)
+
+    def link_as_latest(self) -> None:
+        """``latest`` beside the run's folder leads to it: the newest run that has finished."""
+        link = self.path.parent / "latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.path.name)
+        os.replace(link, self.path.parent / "latest")
 
     def write_environment(self) -> None:
         packages = {name: version(name) for name in PACKAGES}
@@ -61,21 +79,3 @@ class RunFolder:
             os.replace(tmp, path)
         else:
             write_atomic(path, text)
-
-    def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint at ``step``."""
-        return self.path / "checkpoints" / f"{step:06d}"
-
-    def finish_checkpoint(self, step: int, state: dict[str, Any], keep_last: int) -> None:
-        """The weights are on disk: state, then DONE, then ``latest``. The last ``keep_last`` stay."""
-        folder = self.checkpoint(step)
-        write_atomic(folder / "state.json", json.dumps(state, indent=1))
-        write_atomic(folder / "DONE", "")
-        link = folder.parent / "latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        os.replace(link, folder.parent / "latest")
-        done = sorted(p for p in folder.parent.iterdir() if p.name.isdigit() and (p / "DONE").exists())
-        for old in done[:-keep_last]:
-            (old / "DONE").unlink()
-            shutil.rmtree(old)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.algorithms import Algorithm
+from rlhf.checkpoint import Checkpoints, LoopState
 from rlhf.cluster import Cluster
 from rlhf.config import Config
 from rlhf.evaluate import Evaluation, evaluate
@@ -72,15 +73,26 @@ def train(
     prompts: Sequence[Prompt],
     eval_prompts: Sequence[Prompt],
 ) -> tuple[Evaluation, Evaluation]:
-    """Train from ``checkpoint`` for ``run.steps`` steps; held-out evaluations before and after."""
+    """Train from ``checkpoint`` until ``run.steps`` steps are done; held-out evaluations before and after.
+
+    Goes on from the run's newest whole checkpoint, if it has one.
+    """
     roles = spawn_roles(config, algorithm, cluster, run, checkpoint)
     policy, reward = roles.policy, roles.reward
     rollouts = Rollouts(config, algorithm, policy, reward, prompts)
-    started = time.perf_counter()
-    before = latest = evaluate(config, policy, reward, eval_prompts, step=0)
-    tracker.evaluated(before)
+    checkpoints = Checkpoints(run.path, config.checkpoint)
+    state = checkpoints.load(roles.learners)
+    if state is None:
+        before = evaluate(config, policy, reward, eval_prompts, step=0)
+        state = LoopState(algorithm, rollouts.state(), reward.state(), before, before)
+        tracker.evaluated(before)
+    algorithm, before, latest = state.algorithm, state.before, state.latest
+    rollouts.restore(state.rollouts)
+    reward.restore(state.reward)
+    tracker.rewind(state.step, state.progress)
+    started = time.perf_counter() - state.elapsed_s
 
-    for step in range(1, config.run.steps + 1):
+    for step in range(state.step + 1, config.run.steps + 1):
         times: dict[str, float] = {}
         phase = partial(tracker.phase, step, times)
         trajectories = rollouts.take(phase)
@@ -118,6 +130,9 @@ def train(
         tracker.samples(step, trajectories, batch)
         algorithm = algorithm.adapted(batch, step)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            policy.save(run.checkpoint(step) / "hf")
-            run.finish_checkpoint(step, {"step": step, **latest.metrics}, config.checkpoint.keep_last)
+            elapsed = time.perf_counter() - started
+            state = LoopState(
+                algorithm, rollouts.state(), reward.state(), before, latest, step, tracker.progress, elapsed
+            )
+            checkpoints.save(state, roles.learners)
     return before, latest

@@ -32,7 +32,11 @@ def warm_start(
     run: RunFolder,
     console: Console,
 ) -> Path:
-    """Train ``checkpoint`` on the recipe's worked examples; the folder of the resulting checkpoint."""
+    """Train ``checkpoint`` on the recipe's worked examples; the folder of the resulting checkpoint, which may be there
+    from before a restart."""
+    folder = run.path / "warm_start"
+    if folder.exists():
+        return folder
     section, sft = config.warm_start, SFT()
     policy = cluster.spawn(
         "warm_start",
@@ -65,7 +69,6 @@ def warm_start(
             console.line(f"warm start {step}/{section.steps}  loss {loss:.3f}")
         if done:
             break
-    folder = run.path / "warm_start"
     policy.publish()
     policy.save(folder)
     cluster.stop(policy)

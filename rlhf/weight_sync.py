@@ -30,8 +30,9 @@ class WeightSwap(Protocol):
     def begin(self) -> None:
         """Called before the optimizer's step: from here until :meth:`publish`, generating raises."""
 
-    def publish(self) -> WeightUpdate:
-        """Make the new weights generate. Without a step since the last publish, nothing changes."""
+    def publish(self, version: int | None = None) -> WeightUpdate:
+        """Make the new weights generate, as ``version``, by default the next. Without a step since the last publish,
+        nothing changes."""
 
 
 def share_storage(trained: Decoder) -> Decoder:
@@ -67,12 +68,12 @@ class SharedSwap:
         self.llm.invalidate("the optimizer has stepped since the last publish")
         self.changed = True
 
-    def publish(self) -> WeightUpdate:
+    def publish(self, version: int | None = None) -> WeightUpdate:
         begin = time.perf_counter()
         changed, self.changed = self.changed, False
         if changed:
             self.check_addresses()
-            self.llm.publish(self.llm.weight_version + 1)
+            self.llm.publish(self.llm.weight_version + 1 if version is None else version)
         return WeightUpdate(self.llm.weight_version, changed, "shared", time.perf_counter() - begin, bytes_moved=0)
 
 
@@ -95,23 +96,24 @@ class CopySwap:
         self.llm.invalidate(f"the optimizer has stepped since version {version} was published")
         self.changed = True
 
-    def publish(self) -> WeightUpdate:
+    def publish(self, version: int | None = None) -> WeightUpdate:
         """Collective. Raises TornSwapError naming what didn't land, and between which versions."""
         begin = time.perf_counter()
-        version = self.llm.weight_version
+        old = self.llm.weight_version
+        new = old + 1 if version is None else version
         if not self.changed:
-            return WeightUpdate(version, False, "copy", time.perf_counter() - begin, bytes_moved=0)
+            return WeightUpdate(old, False, "copy", time.perf_counter() - begin, bytes_moved=0)
         landed: dict[str, int] = {}
         for number, names in enumerate(self.buckets, 1):
-            where = f"weight swap {version} -> {version + 1}, bucket {number} of {len(self.buckets)}"
+            where = f"weight swap {old} -> {new}, bucket {number} of {len(self.buckets)}"
             self.llm.invalidate(f"{where} has not landed")
             landed |= self.copy_bucket(names, where)
         missing = sorted(set(self.addresses) - set(landed))
         if missing or self.llm.parameter_addresses() != self.addresses:
-            raise self.torn(f"weight swap {version} -> {version + 1}: {missing or 'a moved tensor'} did not land")
+            raise self.torn(f"weight swap {old} -> {new}: {missing or 'a moved tensor'} did not land")
         self.changed = False
-        self.llm.publish(version + 1)
-        return WeightUpdate(version + 1, True, "copy", time.perf_counter() - begin, sum(landed.values()))
+        self.llm.publish(new)
+        return WeightUpdate(new, True, "copy", time.perf_counter() - begin, sum(landed.values()))
 
     def copy_bucket(self, names: list[str], where: str) -> dict[str, int]:
         """Gather, copy, compare; bytes by name."""

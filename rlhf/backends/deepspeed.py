@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import deepspeed
 import torch
@@ -166,6 +167,20 @@ class DeepSpeedBackend:
             found[-1].append(name)
             room -= size
         return found
+
+    def save_state(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write weights, fp32 masters and optimizer, each rank its own share, and a few plain values. Collective."""
+        self.engine.save_checkpoint(str(folder), tag="state", client_state=extra, save_latest=False)
+
+    def load_state(self, folder: Path) -> dict[str, Any]:
+        """Take over what :meth:`save_state` of as many ranks wrote, in place; the plain values. Collective.
+
+        Call it before the first step: under ZeRO 3, DeepSpeed loads into a fresh engine only.
+        """
+        path, extra = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise ValueError(f"{folder} holds no DeepSpeed checkpoint; remove its DONE to fall back to an older one")
+        return extra
 
     @contextmanager
     def gathered(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:

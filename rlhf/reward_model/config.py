@@ -76,6 +76,12 @@ class RewardModelConfig(Section):
     tracking: Tracking = Tracking()
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Of the reward model, and of the warm start's policy."""
+        ranks = self.cluster.ranks or max(1, self.cluster.gpus)
+        return {"policy": ranks, "reward_model": ranks}
+
+    @property
     def rollout(self) -> Rollout:
         """Of the warm start's policy, whose engine nobody asks for an answer."""
         return Rollout(prompts_per_step=1, samples_per_prompt=1, max_tokens=1, kv_cache_gib=0.01)

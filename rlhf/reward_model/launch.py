@@ -40,7 +40,7 @@ class Task:
     def plan(self) -> str:
         """What the run will do."""
         c, data = self.config, self.data
-        steps, ranks = c.pairs.num_steps(len(data.train)), c.cluster.num_ranks
+        steps, ranks = c.pairs.num_steps(len(data.train)), c.ranks["reward_model"]
         dropped = ", ".join(f"{count} {reason}" for reason, count in data.dropped.items())
         parameters = count_parameters(self.decoder)
         lines = [
@@ -107,7 +107,7 @@ def prepare(config: RewardModelConfig, folder: Path) -> Task:
 
 
 def _check_cluster(config: RewardModelConfig) -> None:
-    ranks, gpus = config.cluster.num_ranks, config.cluster.gpus
+    ranks, gpus = config.ranks["reward_model"], config.cluster.gpus
     if ranks > 1 and config.cluster.kind == "local":
         raise ValueError(f"cluster.ranks={ranks}: cluster.kind=local runs one rank; set cluster.kind=ray")
     if gpus and ranks != gpus:
@@ -147,7 +147,7 @@ def launch(config: RewardModelConfig) -> Result:
     finished = False
     try:
         tracker = MetricLog(config, config.pairs.num_steps(len(task.data.train)), run, console)
-        cluster = make_cluster(config.cluster, run.path / "roles")
+        cluster = make_cluster(config.cluster, run.path / "roles", config.ranks)
         checkpoint = task.checkpoint
         if config.warm_start.steps:
             assert task.recipe is not None
@@ -156,6 +156,7 @@ def launch(config: RewardModelConfig) -> Result:
         console.line(str(after))
         found = "  ".join(f"{name} {value:.3f}" for name, value in after.metrics.items())
         console.line(f"held out: {found}; checkpoint in {run.path / 'checkpoints' / 'latest' / 'hf'}")
+        run.link_as_latest()
         finished = True
     finally:
         if cluster:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rlhf.checkpoint import Checkpoints
 from rlhf.cluster import Cluster
 from rlhf.metrics import timing
 from rlhf.reward_model.config import RewardModelConfig
@@ -28,7 +29,7 @@ def train_reward_model(
     learner = cluster.spawn(
         "reward_model",
         RewardLearner,
-        ranks=config.cluster.num_ranks,
+        ranks=config.ranks["reward_model"],
         checkpoint=checkpoint,
         run_folder=run.path,
         model=config.model,
@@ -38,6 +39,7 @@ def train_reward_model(
     )
     batches = minibatches(data.train, config.pairs.batch_size, config.run.seed)
     held_out = Pairs.mean(data.held_out)
+    checkpoints = Checkpoints(run.path, config.checkpoint)
     started = time.perf_counter()
     before = latest = evaluate(learner, held_out, run, 0)
     for step in range(1, steps + 1):
@@ -61,10 +63,10 @@ def train_reward_model(
         }
         tracker.record(row, step_line(row, steps))
         if save:
-            folder = run.checkpoint(step) / "hf"
-            learner.save(folder)
-            write_atomic(folder / "calibration.json", json.dumps(latest.metrics, indent=1))
-            run.finish_checkpoint(step, {"step": step, **found}, config.checkpoint.keep_last)
+            folder = checkpoints.begin(step)
+            learner.save(folder / "hf")
+            write_atomic(folder / "hf" / "calibration.json", json.dumps(latest.metrics, indent=1))
+            checkpoints.finish(folder, {"step": step, "eval/step": latest.step, **found})
     return before, latest
 
 

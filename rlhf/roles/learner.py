@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,17 @@ class Learner:
             **means,
         }
         return {f"{self.name}/{key}": value for key, value in metrics.items()}, peaks
+
+    def save_state(self, folder: Path, **extra: Any) -> None:
+        """Write everything that the next step depends on, and ``extra`` plain values. Collective."""
+        counts = {"num_updates": self.num_updates, "num_skipped": self.num_skipped}
+        self.backend.save_state(folder, {**counts, **extra})
+
+    def load_state(self, folder: Path) -> dict[str, Any]:
+        """Be where the learner was that wrote ``folder``; the plain values. Collective."""
+        values = self.backend.load_state(folder)
+        self.num_updates, self.num_skipped = values["num_updates"], values["num_skipped"]
+        return values
 
 
 class _Diagnostics:

@@ -125,6 +125,18 @@ class Policy:
         """Let the engine generate with the weights as they are now. Collective."""
         return self.swap.publish()
 
+    def save_state(self, folder: Path) -> None:
+        """Write everything that the next step depends on; the weights must be published. Collective."""
+        self.learner.save_state(folder, weight_version=self.llm.weight_version)
+
+    def load_state(self, folder: Path) -> None:
+        """Be where the policy was that wrote ``folder``, and generate with its weights; before the first step.
+        Collective."""
+        version = self.learner.load_state(folder)["weight_version"]
+        if version != self.llm.weight_version:  # otherwise the weights are still those of the start
+            self.swap.begin()
+            self.swap.publish(version)
+
     def save(self, folder: Path) -> None:
         """Write the published weights as a Hugging Face checkpoint (new folder, atomic); rank 0 does."""
         if self.backend.rank == 0:

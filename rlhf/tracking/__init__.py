@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -30,6 +31,17 @@ class MetricLog:
             from rlhf.tracking.wandb import WandbTracker
 
             self._wandb = WandbTracker(config, run.path)
+
+    def rewind(self, step: int, progress: dict[str, int]) -> None:
+        """The run goes on after ``step``: forget the steps that came later. ``progress``: the counters as of then."""
+        path = self.run.path / "metrics.jsonl"
+        kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, path.read_text().splitlines()))
+        self._file.close()
+        self.run.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        rows = [json.loads(line) for line in kept]
+        self.history = [{n: math.nan if value is None else value for n, value in row.items()} for row in rows]
+        self.progress = dict(progress)
 
     @contextmanager
     def phase(self, step: int, times: dict[str, float], name: str) -> Iterator[None]:
@@ -87,6 +99,14 @@ class Tracker(MetricLog):
         self.run.write_rows(f"eval/{evaluation.step:06d}.jsonl", rows)
         if self._wandb and self.config.tracking.samples_per_step:
             self._wandb.log_samples("eval/samples", rows[: self.config.tracking.samples_per_step])
+
+
+def _step_of(line: str) -> float:
+    """Of a line of metrics.jsonl; of one that a kill cut short, infinity."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def _row(step: int, t: Trajectory, advantage: float | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import wandb
 
 from rlhf.config import Config
 from rlhf.reward_model.config import RewardModelConfig
+from rlhf.run_folder import write_atomic
 
 COLUMNS = ("step", "prompt", "answer", "reward", "parts", "advantage", "finish_reason", "version", "logprob")
 
@@ -25,14 +26,20 @@ def _has_key() -> bool:
 
 
 class WandbTracker:
-    """One W&B run. Scalars have three x-axes: step, samples, tokens; samples go to incremental tables."""
+    """One W&B run, which a resumed run continues; after a restart, steps that are done again are there twice.
+
+    Scalars have three x-axes: step, samples, tokens; samples go to incremental tables.
+    """
 
     def __init__(self, config: Config | RewardModelConfig, folder: Path) -> None:
         wanted = config.tracking.wandb
         mode: str = wanted
         if wanted == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        run_id = folder / "wandb_id.txt"
         self.run = wandb.init(
+            id=run_id.read_text() if run_id.exists() else None,
+            resume="allow",
             project=config.tracking.project,
             name=f"{config.run.name}-{folder.name}",
             dir=folder,
@@ -40,6 +47,7 @@ class WandbTracker:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
+        write_atomic(run_id, self.run.id)
         for axis in ("step", "samples", "tokens"):
             self.run.define_metric(f"progress/{axis}")
         self.run.define_metric("*", step_metric="progress/step")

@@ -24,6 +24,6 @@ def run_training(tmp_path: Path) -> Callable[..., Path]:
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return max((tmp_path / "arithmetic-grpo").iterdir())
+        return (tmp_path / "arithmetic-grpo" / "latest").resolve()
 
     return run

@@ -188,7 +188,7 @@ def test_a_dumped_config_parses_to_itself(file: Path, overrides: tuple[str, ...]
 def test_a_dumped_config_spells_out_the_defaults(file: Path) -> None:
     config = load_config(file)
     tree = yaml.safe_load(dump_config(config))
-    assert tree["checkpoint"] == {"every": 0, "keep_last": 2}
+    assert tree["checkpoint"] == {"every": 0, "keep_last": 2, "keep_best": "eval/accuracy", "max_restarts": 3}
     assert tree["train"]["betas"] == [0.9, 0.95]
     for name in Config.model_fields:
         if name != "algorithm":

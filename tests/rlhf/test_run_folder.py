@@ -1,4 +1,4 @@
-"""The run folder's files and checkpoints, the line of a step, the learning rate, and a light import."""
+"""The run folder's files, the line of a step, the learning rate, and a light import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -95,75 +94,6 @@ def test_the_environment_is_recorded(run: RunFolder) -> None:
     facts = json.loads((run.path / "environment.json").read_text())
     assert facts["python"] == sys.version
     assert facts["packages"]["torch"] == version("torch") and "deepspeed" in facts["packages"]
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def save(run: RunFolder, step: int) -> None:
-    """The weights of a checkpoint, as the policy writes them."""
-    folder = run.checkpoint(step) / "hf"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_text(str(step))
-
-
-def checkpoints(run: RunFolder) -> list[str]:
-    return sorted(p.name for p in (run.path / "checkpoints").iterdir() if p.is_dir() and not p.is_symlink())
-
-
-def test_checkpoints_finish_and_the_last_ones_stay(run: RunFolder) -> None:
-    for step in (5, 10, 15, 20):
-        save(run, step)
-        run.finish_checkpoint(step, {"step": step, "eval/accuracy": 0.5}, keep_last=2)
-        assert os.readlink(run.path / "checkpoints" / "latest") == f"{step:06d}"
-    assert checkpoints(run) == ["000015", "000020"]
-    latest = run.path / "checkpoints" / "latest"
-    assert (latest / "hf" / "model.safetensors").read_text() == "20"
-    assert json.loads((latest / "state.json").read_text()) == {"step": 20, "eval/accuracy": 0.5}
-    assert (latest / "DONE").exists()
-
-
-def test_an_unfinished_checkpoint_is_neither_counted_nor_removed(run: RunFolder) -> None:
-    save(run, 1)  # died before it was finished
-    for step in (2, 3, 4):
-        save(run, step)
-        run.finish_checkpoint(step, {}, keep_last=2)
-    assert checkpoints(run) == ["000001", "000003", "000004"]
-    run.path.joinpath("checkpoints", "latest").resolve(strict=True)
-
-
-@pytest.mark.parametrize(
-    ("survives", "state", "done", "latest"),
-    [(0, False, False, "000001"), (1, True, False, "000001"), (2, True, True, "000001"), (3, True, True, "000002")],
-)
-def test_a_crash_leaves_a_checkpoint_whole_or_not_done(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, survives: int, state: bool, done: bool, latest: str
-) -> None:
-    """State first, then DONE, then the link, then the old ones go; each appears by a rename, which we let fail."""
-    save(run, 1)
-    run.finish_checkpoint(1, {}, keep_last=1)
-    save(run, 2)
-    replace, rmtree, renames = os.replace, shutil.rmtree, []
-
-    def limited(*paths: Any) -> None:
-        if len(renames) == survives:
-            raise OSError("crash")
-        renames.append(paths)
-        replace(*paths)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", limited)
-        patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(OSError("crash")))
-        with pytest.raises(OSError, match="crash"):
-            run.finish_checkpoint(2, {"step": 2}, keep_last=1)
-    assert shutil.rmtree is rmtree and len(renames) == survives
-    new, old = run.checkpoint(2), run.checkpoint(1)
-    assert ((new / "state.json").exists(), (new / "DONE").exists()) == (state, done)
-    assert os.readlink(run.path / "checkpoints" / "latest") == latest
-    assert (run.path / "checkpoints" / "latest" / "DONE").exists()
-    assert (old / "DONE").exists() == (survives < 3)  # what is half removed is not DONE
-    run.finish_checkpoint(2, {"step": 2}, keep_last=1)  # nothing that was left is in the way
-    assert (new / "DONE").exists() and os.readlink(run.path / "checkpoints" / "latest") == "000002"
 
 
 # ---------------------------------------------------------------- the line of a step
