@@ -259,7 +259,12 @@ def token_weights(loss_mask: Tensor, lengths: tuple[int, ...], aggregation: str,
     return trained / (sequences * per_sequence.clamp(min=1)).repeat_interleave(torch.tensor(lengths))
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float = 0.0) -> Tensor:
     """-log sigmoid(chosen - rejected - margin): a preference under Bradley and Terry (1952), with the margin of
-    Llama 2 (arXiv 2307.09288, eq. 2). All [P]."""
-    return torch.nn.functional.softplus(margin - (chosen - rejected))
+    Llama 2 (arXiv 2307.09288, eq. 2). All [P].
+
+    ``center_coef`` x (chosen + rejected)^2 is added (Eisenstein et al. 2023, arXiv 2312.09244, sec. 2): preferences
+    leave every prompt's scores an offset of their own, and without it scores compare across prompts.
+    """
+    preference = torch.nn.functional.softplus(margin - (chosen - rejected))
+    return preference + center_coef * (chosen + rejected).square()

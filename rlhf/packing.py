@@ -148,13 +148,18 @@ def _rows_of(model: nn.Module, shared: SharedPrefixes, index: Tensor) -> tuple[T
     return shared.tokens.to(device), ctx, shared.row_of[index].to(device)
 
 
-def forward_scores(model: nn.Module, token_ids: Sequence[Sequence[int]], groups: Sequence[int]) -> Tensor:
-    """The scalar decoder's number at the last token of each sequence [S], on the model's device. Sequences of a group
-    follow one another, and share the prefix that they have in common with the first."""
+def forward_scores(
+    model: nn.Module, token_ids: Sequence[Sequence[int]], groups: Sequence[int], index: Tensor | None = None
+) -> Tensor:
+    """The scalar decoder's number at the tokens ``index`` [R] of sequences laid end to end, or at the last token of
+    each; [R] fp32 on the model's device. Sequences of a group follow one another, and share the prefix that they have
+    in common with the first."""
     lengths = [len(ids) for ids in token_ids]
     tokens = torch.tensor([token for ids in token_ids for token in ids])
     shared = SharedPrefixes.of_sequences(tokens, lengths, groups, keep_last=True)
-    return model(*_rows_of(model, shared, torch.tensor(lengths).cumsum(0) - 1))
+    if index is None:
+        index = torch.tensor(lengths).cumsum(0) - 1
+    return model(*_rows_of(model, shared, index))
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from rlhf.config import (
     Checkpoint,
@@ -22,6 +23,8 @@ from rlhf.config import (
     validated,
 )
 
+Compare = Literal["last", "tokens"]
+
 
 class RecipeSection(Section):
     """Needed where ``data.path``, ``model.path`` or the warm start leave something to it."""
@@ -32,16 +35,24 @@ class RecipeSection(Section):
 class PairsSection(Section):
     """Preference pairs: ``batch_size`` of them an optimizer step, for ``steps`` steps or ``epochs`` passes.
 
-    ``chosen``, ``rejected`` and ``margin`` name columns; rows without the last one have a margin of 0. Pairs with
-    more than ``max_tokens`` tokens of prompt and answer are dropped, and counted.
+    ``chosen``, ``rejected``, ``margin`` and ``kind`` name columns; the last two may be missing: no margin, and no
+    breakdown of evaluations. Pairs whose prompt and longer answer have more than ``max_tokens`` tokens are dropped,
+    and counted.
+
+    compare: the loss compares the scores at the answers' ``last`` tokens, or takes the mean over these and all
+    ``tokens`` since the answers part, as DeepSpeed-Chat does: a denser signal, and a critic that starts from such a
+    model knows unfinished answers. center_coef: of ``functional.pairwise_loss``.
     """
 
     batch_size: PositiveInt
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
+    compare: Compare = "last"
+    center_coef: NonNegativeFloat = 0.0
     chosen: str = "chosen"
     rejected: str = "rejected"
     margin: str = "margin"
+    kind: str = "kind"
     max_tokens: PositiveInt = 1024
 
     @model_validator(mode="after")

@@ -60,6 +60,7 @@ class PairEvaluation:
 
     step: int
     scores: Tensor  # [P, 2] fp32, chosen and rejected
+    kinds: tuple[str, ...]  # P
 
     @property
     def table(self) -> list[Bin]:
@@ -68,7 +69,7 @@ class PairEvaluation:
     @property
     def metrics(self) -> dict[str, float]:
         """``midpoint`` lies between the mean scores: above it an answer is rather a chosen one."""
-        chosen, rejected = self.scores.double().unbind(1)
+        chosen, rejected = self.scores.double().T.contiguous()
         return {
             "midpoint": float(chosen.mean() + rejected.mean()) / 2,
             "chosen": float(chosen.mean()),
@@ -78,11 +79,31 @@ class PairEvaluation:
             "ece": expected_calibration_error(self.table),
         }
 
+    @property
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """Of each kind its ``pairs``, their ``accuracy``, and the ``auc`` of all chosen against its rejected ones."""
+        chosen, rejected = self.scores.double().T.contiguous()
+        found = {}
+        for kind in sorted(set(self.kinds)):
+            mine = torch.tensor([other == kind for other in self.kinds])
+            found[kind] = {
+                "pairs": int(mine.sum()),
+                "accuracy": accuracy((chosen - rejected)[mine]),
+                "auc": auc(chosen, rejected[mine]),
+            }
+        return found
+
     def __str__(self) -> str:
-        """The reliability table."""
-        lines = ["confidence   pairs  mean   right"]
+        """The reliability table, and a line for each kind of pair."""
+        lines = ["confidence    pairs  mean   right"]
         for row in self.table:
             if row.count:
-                found = f"{row.count:>6}  {row.confidence:.3f}  {row.accuracy:.3f}"
-                lines.append(f"{row.low:.2f} - {row.high:.2f}  {found}")
+                found = f"{row.count:>7}  {row.confidence:.3f}  {row.accuracy:.3f}"
+                lines.append(f"{row.low:.2f} - {row.high:.2f}{found}")
+        kinds = {kind or "(no kind)": row for kind, row in self.by_kind.items()}
+        if len(kinds) > 1:
+            width = max(map(len, kinds))
+            lines += ["", f"{'kind':<{width}}    pairs  right  auc"]
+            for kind, row in kinds.items():
+                lines.append(f"{kind:<{width}}  {row['pairs']:>7}  {row['accuracy']:.3f}  {row['auc']:.3f}")
         return "\n".join(lines)

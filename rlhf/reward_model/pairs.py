@@ -6,13 +6,14 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rlhf.config import Data
 from rlhf.data import Renderer, Row, read_split
 from rlhf.division import runs
 from rlhf.recipe import Recipe
-from rlhf.reward_model.config import PairsSection, RewardModelConfig
+from rlhf.reward_model.config import Compare, PairsSection, RewardModelConfig
 
 Ids = tuple[int, ...]
 
@@ -24,10 +25,25 @@ class Pair:
     chosen: Ids
     rejected: Ids
     margin: float = 0.0
+    kind: str = ""  # by which evaluations are broken down
 
     @property
     def size(self) -> int:
+        """Tokens of both."""
         return len(self.chosen) + len(self.rejected)
+
+    def compared(self, where: Compare) -> list[tuple[int, int]]:
+        """Positions in the chosen and in the rejected sequence whose scores the loss compares, the last ones last."""
+        last = (len(self.chosen) - 1, len(self.rejected) - 1)
+        if where == "last":
+            return [last]
+        ends = min(len(self.chosen), len(self.rejected))
+        first = next((i for i in range(ends) if self.chosen[i] != self.rejected[i]), ends)
+        return [*((i, i) for i in range(first, ends) if (i, i) != last), last]
+
+
+def _chosen(pair: Pair) -> Ids:
+    return pair.chosen
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,16 @@ class Pairs:
     def mean(cls, pairs: Sequence[Pair]) -> Pairs:
         """For the mean loss over these pairs."""
         return cls(tuple(pairs), (1 / len(pairs),) * len(pairs))
+
+    @property
+    def sequences(self) -> list[Ids]:
+        """Chosen and rejected ones by turns."""
+        return [ids for pair in self.pairs for ids in (pair.chosen, pair.rejected)]
+
+    @property
+    def groups(self) -> list[int]:
+        """Of the sequences: pairs in a row with the same chosen answer are compared with one forward of it."""
+        return [group for group, (_, run) in enumerate(groupby(self.pairs, _chosen)) for _ in run for _ in range(2)]
 
     @property
     def sizes(self) -> list[int]:
@@ -175,7 +201,7 @@ def tokenize_pairs(rows: Sequence[Row], render: Renderer, section: PairsSection)
         elif chosen in ([], render.answer("")):
             dropped["empty"] += 1
         else:
-            pairs.append(Pair((*prompt, *chosen), (*prompt, *rejected), margin))
+            pairs.append(Pair((*prompt, *chosen), (*prompt, *rejected), margin, str(row.get(section.kind) or "")))
     if not pairs:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise ValueError(

@@ -34,6 +34,7 @@ def train_reward_model(
         run_folder=run.path,
         model=config.model,
         train=config.train,
+        section=config.pairs,
         total_updates=steps,
         timeout_s=config.cluster.timeout_s,
     )
@@ -71,21 +72,28 @@ def train_reward_model(
 
 
 def minibatches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[Pairs]:
-    """Endless; each pass over the pairs in an order of its own, which depends on the seed alone."""
+    """Endless; each pass over the pairs in an order of its own, which depends on the seed alone. Pairs with the same
+    chosen answer stay together, as in InstructGPT (arXiv 2203.02155, sec. 3.5): it is then forwarded once."""
+    same: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in pairs:
+        same.setdefault(pair.chosen, []).append(pair)
+    groups = list(same.values())
     waiting: list[Pair] = []
     epoch = 0
     while True:
         while len(waiting) < size:
-            waiting += random.Random(f"{seed}/{epoch}").sample(pairs, len(pairs))
+            shuffled = random.Random(f"{seed}/{epoch}").sample(groups, len(groups))
+            waiting += [pair for group in shuffled for pair in group]
             epoch += 1
         yield Pairs.mean(waiting[:size])
         waiting = waiting[size:]
 
 
 def evaluate(learner: RewardLearner, held_out: Pairs, run: RunFolder, step: int) -> PairEvaluation:
-    """Score the held-out pairs; metrics and the reliability table go to ``eval/<step>.json``."""
-    evaluation = PairEvaluation(step, learner.score(held_out))
-    kept = {**evaluation.metrics, "reliability": [asdict(row) for row in evaluation.table]}
+    """Score the held-out pairs; metrics and tables go to ``eval/<step>.json``."""
+    evaluation = PairEvaluation(step, learner.score(held_out), tuple(pair.kind for pair in held_out.pairs))
+    table = [asdict(row) for row in evaluation.table]
+    kept = {**evaluation.metrics, "kinds": evaluation.by_kind, "reliability": table}
     run.write(f"eval/{step:06d}.json", json.dumps(kept, indent=1))
     return evaluation
 

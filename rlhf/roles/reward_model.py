@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from rlhf.config import ModelSection, Train
 from rlhf.division import divide_pairs, divide_sequences, divide_update, over_ranks, runs
 from rlhf.functional import pairwise_loss
 from rlhf.packing import forward_scores
+from rlhf.reward_model.config import PairsSection
 from rlhf.reward_model.pairs import Pairs
 from rlhf.roles.learner import Learner
 from rollout_engine.models.checkpoint import has_scalar_head, load_scalar_model, save_model
@@ -52,6 +55,7 @@ class RewardLearner:
 
     Args:
         checkpoint: of a language model, whose head gives way to a scalar one of zeros, or of a reward model.
+        section: what the loss is made of.
         run_folder, total_updates, timeout_s: as :class:`rlhf.roles.learner.Learner`'s.
     """
 
@@ -62,9 +66,11 @@ class RewardLearner:
         run_folder: Path,
         model: ModelSection,
         train: Train,
+        section: PairsSection,
         total_updates: int,
         timeout_s: float,
     ) -> None:
+        self.section = section
         self.model = load_scalar_model(checkpoint, dtype=model.dtype, device=default_device())
         self.model.decoder.gradient_checkpointing = model.gradient_checkpointing
         self.learner = Learner(
@@ -81,13 +87,14 @@ class RewardLearner:
     def score(self, pairs: Pairs) -> Tensor:
         """Scores of the pairs' answers, chosen and rejected: [P, 2] fp32, on the CPU. Collective."""
         micro = self.learner.microbatches(pairs)
-        scores = torch.cat([_scores(self.learner.backend.engine, part).cpu() for part in micro])
-        return scores[: len(pairs.pairs)]
+        found = [forward_scores(self.learner.backend.engine, part.sequences, part.groups).cpu() for part in micro]
+        return torch.cat(found).view(-1, 2)[: len(pairs.pairs)]
 
     @over_ranks(divide_update)
     def update(self, pairs: Pairs) -> dict[str, float]:
         """One optimizer step; metrics as :meth:`Learner.step`. Collective."""
-        metrics, _ = self.learner.step(pairs, pair_loss, before_step=lambda: None)
+        forward = partial(pair_loss, section=self.section)
+        metrics, _ = self.learner.step(pairs, forward, before_step=lambda: None)
         return metrics
 
     def save(self, folder: Path) -> None:
@@ -98,26 +105,37 @@ class RewardLearner:
                 save_model(self.model, folder)
 
 
-def pair_loss(engine: nn.Module, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+def pair_loss(engine: nn.Module, pairs: Pairs, section: PairsSection) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighed loss of some pairs, and diagnostics by name, one value per pair that counts."""
-    chosen, rejected = _scores(engine, pairs).unbind(1)
-    weights, margins = (
-        torch.tensor(column, dtype=torch.float32, device=chosen.device)
-        for column in (pairs.weights, [pair.margin for pair in pairs.pairs])
-    )
-    loss = (weights * pairwise_loss(chosen, rejected, margins)).sum()
-    counts = weights > 0
-    won = chosen.detach() - rejected.detach()
+    compared = [pair.compared(section.compare) for pair in pairs.pairs]  # C in all
+    counts = [len(positions) for positions in compared]
+    starts = _starts(pairs)
+    index = [[starts[i][side] + at[side] for i, some in enumerate(compared) for at in some] for side in (0, 1)]
+    scores = forward_scores(engine, pairs.sequences, pairs.groups, torch.tensor(index).flatten())
+    chosen, rejected = scores.view(2, -1)  # [C] each
+
+    def column(values: Iterable[float]) -> Tensor:
+        """[P] -> [C]"""
+        repeated = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+        return torch.tensor(repeated, device=scores.device)
+
+    weights = column(weight / count for weight, count in zip(pairs.weights, counts, strict=True))
+    margins = column(pair.margin for pair in pairs.pairs)
+    loss = (weights * pairwise_loss(chosen, rejected, margins, section.center_coef)).sum()
+    last = torch.tensor(counts).cumsum(0) - 1
+    last = last[torch.tensor(pairs.weights) > 0].to(scores.device)
+    chosen, rejected = chosen.detach()[last], rejected.detach()[last]
+    won = chosen - rejected
     diagnostics = {
         "accuracy": (won > 0).float() + 0.5 * (won == 0).float(),
         "margin": won,
-        "chosen": chosen.detach(),
-        "rejected": rejected.detach(),
+        "chosen": chosen,
+        "rejected": rejected,
     }
-    return loss, {name: column[counts] for name, column in diagnostics.items()}
+    return loss, diagnostics
 
 
-def _scores(model: nn.Module, pairs: Pairs) -> Tensor:
-    """[P, 2] fp32, of the chosen and the rejected answer; the two share their prompt."""
-    token_ids = [ids for pair in pairs.pairs for ids in (pair.chosen, pair.rejected)]
-    return forward_scores(model, token_ids, [i // 2 for i in range(len(token_ids))]).view(-1, 2)
+def _starts(pairs: Pairs) -> list[tuple[int, int]]:
+    """Where the sequences of each pair begin, laid end to end."""
+    ends = [0, *accumulate(len(ids) for ids in pairs.sequences)]
+    return list(zip(ends[0:-1:2], ends[1::2], strict=True))

@@ -273,6 +273,8 @@ def save_model(model: Model | ScalarModel, folder: str | Path) -> None:
     if isinstance(model, ScalarModel):
         hf_config.num_labels = 1
         hf_config.architectures = [architecture(model.hf_config, scalar=True)]
+        if model.tokenizer is not None and hf_config.pad_token_id == model.tokenizer.eos_token_id:
+            hf_config.pad_token_id = None  # transformers would take the end for padding, and score the token before it
     else:
         hf_config.architectures = [architecture(model.hf_config)]
         (tmp / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.eos_ids)}))
