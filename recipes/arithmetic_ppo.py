@@ -15,10 +15,10 @@ from recipes.arithmetic import ALPHABET, _answer, _problems, _question, initial_
 
 __all__ = ["initial_model", "preferences", "prompts", "reward", "warm_start"]
 
-PAIRS_PER_PROBLEM = 8
+PAIRS_PER_PROBLEM = 4
 LONGEST = 5  # tokens that the policy may write: three digits, the end, and one to go wrong with
 # How often a wrong answer is of a kind. A policy that has seen some sums is mostly right in form, and off by a digit.
-KINDS = {"digit": 8, "carry": 4, "other sum": 3, "order": 1, "short": 1, "long": 1, "unfinished": 1, "noise": 1}
+KINDS = {"digit": 8, "carry": 4, "near": 6, "order": 1, "short": 1, "long": 1, "unfinished": 1, "noise": 1}
 
 
 def preferences(split: str) -> Iterator[dict[str, Any]]:
@@ -48,8 +48,8 @@ def _mistake(kind: str, a: int, b: int, rng: random.Random) -> str:
         return right[:place] + rng.choice(ALPHABET[:10]) + right[place + 1 :]
     if kind == "carry":  # of the ones or of the tens, forgotten or made up
         return f"{max(0, a + b + rng.choice((-10, 10, -100, 100))) % 1000:03d}"[::-1]
-    if kind == "other sum":
-        return _answer(a, max(0, b + rng.choice((-20, -2, -1, 1, 2, 20))))
+    if kind == "near":
+        return _answer(a, max(0, b + rng.choice((-2, -1, 1, 2))))
     if kind == "order":
         return right[::-1]
     if kind == "short":
