@@ -137,6 +137,11 @@ def test_a_dry_run_shows_what_function_and_server_say_and_names_a_server_that_fa
         dry_run(configure(**settings))
 
 
+def test_a_dry_run_fails_with_the_function_whatever_a_failure_means_later(configure: Configure) -> None:
+    with pytest.raises(ValueError, match=r"^reward\(\) raised ZeroDivisionError.*and answer ''"):
+        dry_run(configure(recipe=f"{NO_REWARD}\ndef reward(completion): return 1 / 0", on_error="penalty"))
+
+
 class Judge:
     """What a reward model's role is to its caller; a sequence is worth its last token."""
 
@@ -184,13 +189,14 @@ def test_a_run_by_function_server_and_model_logs_each_and_their_sum(
     server = serve(lambda r: {"scores": [len(c["text"]) for c in r["completions"]]})
     weights = {"function": 0, "length": -0.5}
     reward = {"servers": {"length": server.url}, "models": {"m": str(checkpoint)}, "weights": weights}
-    result = launch(configure(**reward, model_scale="raw"))
+    always_right = f"{NO_REWARD}\ndef reward(completion): return 1.0"
+    result = launch(configure(recipe=always_right, **reward, model_scale="raw"))
     (row,) = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     for section, mean in (("reward", "reward/mean"), ("eval", "eval/reward")):
         parts = {name: row[f"{section}/part/{name}"] for name in ("function", "length", "m")}
         assert row[mean] == pytest.approx(parts["m"] - 0.5 * parts["length"], abs=1e-12)
         assert parts["m"] > 0 and parts["length"] > 0
-    assert row["eval/accuracy"] == row["eval/part/function"]  # which is 0 or 1
+    assert row["eval/accuracy"] == 1.0 > row["eval/reward"]
     assert (result.folder / "curve.png").stat().st_size > 1000
     assert ", reward " in (result.folder / "train.log").read_text().splitlines()[-1]
 
