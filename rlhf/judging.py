@@ -8,19 +8,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf import config
 from rlhf.cluster import Cluster
 from rlhf.config import Config
 from rlhf.recipe import Recipe, Verdict
 from rlhf.roles.reward import RewardFunction
+from rlhf.roles.reward_model import RewardModel
 from rlhf.types import Completion, Problem, Prompt, Score, Trajectory
 from rollout_engine.models import family
 from rollout_engine.models.checkpoint import has_scalar_head, load_hf_config, load_tokenizer, resolve
-
-if TYPE_CHECKING:
-    from rlhf.roles.reward_model import RewardModel
 
 CALIBRATION = "calibration.json"  # beside the weights of a reward model
 
@@ -155,8 +153,6 @@ def spawn_judges(run: Config, cluster: Cluster) -> Judges:
     function = cluster.spawn("reward", RewardFunction, recipe=run.recipe.path, section=section)
     models = {}
     for name, role_name in section.model_roles.items():
-        from rlhf.roles.reward_model import RewardModel
-
         model, train, ranks = run.of_role(role_name)
         checkpoint = _checkpoint(run, name)
         role = cluster.spawn(role_name, RewardModel, ranks=ranks, checkpoint=checkpoint, model=model, train=train)

@@ -102,7 +102,7 @@ def count_parameters(d: DecoderConfig) -> int:
 def check_placement(config: Config) -> None:
     """Ranks fit the devices. Raises ValueError as :func:`check`."""
     cluster, ranks = config.cluster, config.ranks
-    keys = {role: "cluster.ranks" if role == "policy" else f"{role}.ranks" for role in ranks}
+    keys = {role: "cluster.ranks" if role == "policy" else f"{role.partition('-')[0]}.ranks" for role in ranks}
     for role, count in ranks.items():
         if count > 1 and cluster.kind == "local":
             raise ValueError(f"{keys[role]}={count}: cluster.kind=local runs one rank; set cluster.kind=ray")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import yaml
 from reward_http import FakeModel, Serve
 
 from recipes import arithmetic
+from rlhf import judging
 from rlhf.config import Config, ModelSection, Train, load_config
 from rlhf.evaluate import Evaluation
 from rlhf.judging import spawn_judges
@@ -153,9 +152,7 @@ class Judge:
 
 @pytest.fixture
 def judge_role(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("rlhf.roles.reward_model")
-    module.RewardModel = Judge  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rlhf.roles.reward_model", module)
+    monkeypatch.setattr(judging, "RewardModel", Judge)
 
 
 class Spawns:
@@ -184,18 +181,18 @@ def test_each_reward_model_is_a_role_of_its_own(configure: Configure, checkpoint
 
 
 def test_a_run_by_function_server_and_model_logs_each_and_their_sum(
-    configure: Configure, serve: Serve, checkpoint: Path, judge_role: None, threads: object
+    configure: Configure, serve: Serve, checkpoint: Path, threads: object
 ) -> None:
     server = serve(lambda r: {"scores": [len(c["text"]) for c in r["completions"]]})
     weights = {"function": 0, "length": -0.5}
     reward = {"servers": {"length": server.url}, "models": {"m": str(checkpoint)}, "weights": weights}
     always_right = f"{NO_REWARD}\ndef reward(completion): return 1.0"
-    result = launch(configure(recipe=always_right, **reward, model_scale="raw"))
+    result = launch(configure(recipe=always_right, **reward))
     (row,) = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     for section, mean in (("reward", "reward/mean"), ("eval", "eval/reward")):
         parts = {name: row[f"{section}/part/{name}"] for name in ("function", "length", "m")}
         assert row[mean] == pytest.approx(parts["m"] - 0.5 * parts["length"], abs=1e-12)
-        assert parts["m"] > 0 and parts["length"] > 0
+        assert 0 < parts["m"] < 1 <= parts["length"] and row[f"{section}/part/m/raw"] != 0
     assert row["eval/accuracy"] == 1.0 > row["eval/reward"]
     assert (result.folder / "curve.png").stat().st_size > 1000
     assert ", reward " in (result.folder / "train.log").read_text().splitlines()[-1]

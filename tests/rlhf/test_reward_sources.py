@@ -180,10 +180,13 @@ def test_a_reward_models_checkpoint_is_named_in_one_place() -> None:
         parse_config({**BASE, "reward_model": {"path": "x"}})
 
 
-def test_a_reward_models_section_overrides_the_policys() -> None:
-    config = parse_config({**BASE, "reward_model": {"tokens_per_microbatch": 7, "dtype": "bfloat16", "ranks": 1}})
-    model, train, ranks = config.of_role("reward_model")
-    assert (model.dtype, train.tokens_per_microbatch, train.lr, ranks) == ("bfloat16", 7, 0.1, 1)
+def test_all_reward_models_have_one_section_which_overrides_the_policys() -> None:
+    section = {"tokens_per_microbatch": 7, "dtype": "bfloat16", "ranks": 3}
+    config = parse_config({**BASE, "reward": {"models": {"a": "x", "b": "y"}}, "reward_model": section})
+    assert config.reward.model_roles == {"a": "reward_model-a", "b": "reward_model-b"}
+    for role in config.reward.model_roles.values():
+        model, train, ranks = config.of_role(role)
+        assert (model.dtype, train.tokens_per_microbatch, train.lr, ranks) == ("bfloat16", 7, 0.1, 3)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"midpoint": "high"}', '{"midpoint": NaN}'])
