@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +197,25 @@ def test_a_run_by_function_server_and_model_logs_each_and_their_sum(
     assert row["eval/accuracy"] == 1.0 > row["eval/reward"]
     assert (result.folder / "curve.png").stat().st_size > 1000
     assert ", reward " in (result.folder / "train.log").read_text().splitlines()[-1]
+
+
+def test_a_server_that_fails_in_the_middle_of_a_run_costs_the_penalty_or_ends_it(
+    configure: Configure, serve: Serve, threads: object
+) -> None:
+    server = serve(lambda r: numbers_of_digits(r) if len(server.requests) <= 5 else (500, "out of memory"))
+    right = f"{NO_REWARD}\ndef reward(completion): return 1.0"
+    reward = {"servers": {"digits": server.url}, "weights": {"digits": 0.5}}
+    result = launch(configure(recipe=right, **reward, on_error="penalty", penalty=-1.0))
+    (row,) = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert (row["reward/errors"], row["reward/unjudged"]) == (16, 0.0)
+    assert (row["reward/part/digits"], row["reward/mean"]) == (-1.0, 0.5)
+    server.requests.clear()
+    with pytest.raises(ValueError, match=r"^reward server digits .* returned status 500: 'out of memory', for prompt"):
+        launch(configure(recipe=right, **reward))
+
+
+def numbers_of_digits(request: dict[str, Any]) -> dict[str, Any]:
+    return {"scores": [sum(c.isdigit() for c in answer["text"]) for answer in request["completions"]]}
 
 
 # ---------------------------------------------------------------- the report
