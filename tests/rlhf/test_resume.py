@@ -181,7 +181,7 @@ def test_wandb_goes_on_with_the_same_run(make_config: Callable[..., Config]) -> 
     resume(folder)
     (run_id,) = {path.name.rsplit("-", 1)[1] for path in folder.glob("wandb/offline-run-*")}
     assert (folder / "wandb_id.txt").read_text() == run_id
-    logged = [row for file in sorted(folder.glob("wandb/*/*.wandb")) for row in history(file)]
+    logged = [row for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")) for row in history(file)]
     assert [row["progress/step"] for row in logged if "reward/mean" in row] == [1, 2, 2]
 
 
