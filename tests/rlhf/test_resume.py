@@ -69,7 +69,7 @@ def make_config(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
                 "rollout.samples_per_prompt=3",
                 "rollout.kv_cache_gib=0.02",
                 "train.lr=3e-3",
-                "eval.every=4",
+                "eval.every=2",
                 "eval.prompts=4",
                 "checkpoint.every=1",
                 "cluster.kind=local",
