@@ -46,6 +46,7 @@ def reward(completion):
 
 GRPO = ["algorithm.kl_coef=0.05", "algorithm.updates_per_rollout=2", "reward.shuffle=true"]
 PPO = ["algorithm.name=ppo", "algorithm.kl_target=0.001", "algorithm.kl_coef=0.05", "algorithm.epochs=1"]
+DAPO = ["algorithm.name=dapo", "algorithm.kl_coef=0.05", "algorithm.kl_target=0.001"]
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +144,10 @@ def test_a_loaded_policy_goes_on_bit_by_bit(make_policy: Callable[..., Policy], 
 # ---------------------------------------------------------------- a run
 
 
-@pytest.fixture(scope="module", params=["grpo", "ppo"])
+@pytest.fixture(scope="module", params=["grpo", "ppo", "dapo"])
 def whole(request: pytest.FixtureRequest, make_config: Callable[..., Config]) -> Iterator[tuple[list[str], Path]]:
     """Overrides, and the folder of a run that nothing has interrupted."""
-    overrides = {"grpo": GRPO, "ppo": PPO}[request.param]
+    overrides = {"grpo": GRPO, "ppo": PPO, "dapo": DAPO}[request.param]
     yield overrides, launch(make_config(*overrides)).folder
 
 
@@ -174,6 +175,11 @@ def test_more_steps_are_as_if_they_had_been_asked_for_at_first(make_config: Call
     whole = launch(make_config(*overrides, "run.steps=4")).folder
     assert metrics_of(folder) == metrics_of(whole) and files_of(folder) == files_of(whole)
     assert load_config(folder / "config.yaml").run.steps == 4
+
+
+@pytest.mark.parametrize("whole", ["dapo"], indirect=True)
+def test_groups_were_left_over_where_a_run_above_resumes(whole: tuple[list[str], Path]) -> None:
+    assert metrics_of(whole[1])[1]["rollout/surplus"] > 0  # after step 2
 
 
 def test_wandb_goes_on_with_the_same_run(make_config: Callable[..., Config]) -> None:
