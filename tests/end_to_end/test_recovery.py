@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import CONFIG, ROOT, SMALL, metrics_of
+from command_line import CONFIG, ROOT, SMALL, command, environment, metrics_of
 
 from rlhf.config import load_config
 from rlhf.launch import launch
@@ -47,13 +49,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path
 
 
 @contextmanager
-def kill(role: str, at: tuple[int, str], delay_s: float) -> Iterator[list[int]]:
-    """The newest process of ``role`` dies, once, ``delay_s`` after the beginning of a phase of a step; its pid."""
+def kill(role: str, at: tuple[int, str], delay_s: float, by: signal.Signals = signal.SIGKILL) -> Iterator[list[int]]:
+    """The newest process of ``role`` dies, once, ``delay_s`` after the beginning of a phase of a step; which step."""
     phase, killed = Tracker.phase, []
 
     def strike(run_folder: Path) -> None:
         pids = re.findall(rf"role {role}: pid (\d+)", (run_folder / "roles" / f"{role}-0.log").read_text())
-        os.kill(int(pids[-1]), signal.SIGKILL)
+        os.kill(int(pids[-1]), by)
 
     def struck(self: Tracker, step: int, times: dict[str, float], name: str) -> Any:
         if (step, name) == at and not killed:
@@ -114,3 +116,39 @@ def test_two_ranks_recover_too(run: Callable[..., Path], stage: int) -> None:
     assert killed
     assert fixed(folder) == fixed(whole)
     assert "restart 1 of at most 3" in (folder / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_role_that_hangs_is_started_anew(run: Callable[..., Path], whole: Path) -> None:
+    with kill("critic", (2, "train"), 0.0, by=signal.SIGSTOP) as killed:
+        folder = run(*PPO, "cluster.kind=ray", "cluster.timeout_s=40")
+    assert killed and fixed(folder) == fixed(whole)
+    log = (folder / "train.log").read_text()
+    assert re.search(r"role critic \(pid \d+\) did not finish", log) and "restart 1 of at most 3" in log
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed_from_the_command_line(run_training: Callable[..., Path], tmp_path: Path) -> None:
+    """kill -9 of the process that a person started: its roles go with it, and the folder is free."""
+    overrides = [*SMALL, "tracking.wandb=disabled", "checkpoint.every=1", "run.steps=4"]
+    whole = run_training(*overrides)
+    driver = subprocess.Popen(command(tmp_path, *overrides), stdout=subprocess.PIPE, text=True, env=environment())
+    watchdog = threading.Timer(300, driver.kill)
+    watchdog.start()
+    try:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            if line.startswith("step 3/"):
+                break
+    finally:
+        watchdog.cancel()
+        driver.kill()
+        driver.wait(60)
+    folder = max((tmp_path / "arithmetic-grpo").glob("0*"))
+    assert folder != whole and int((folder / "checkpoints" / "latest").readlink().name) in (2, 3)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", "train", "--resume", str(folder)],
+        capture_output=True, text=True, timeout=600, env=environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert fixed(folder) == fixed(whole)

@@ -46,6 +46,7 @@ def reward(completion):
 
 GRPO = ["algorithm.kl_coef=0.05", "algorithm.updates_per_rollout=2", "reward.shuffle=true"]
 PPO = ["algorithm.name=ppo", "algorithm.kl_target=0.001", "algorithm.kl_coef=0.05", "algorithm.epochs=1"]
+PPO += ["algorithm.critic_warmup_steps=2"]  # at the first of the checkpoints below the policy has taken no step
 DAPO = ["algorithm.name=dapo", "algorithm.kl_coef=0.05", "algorithm.kl_target=0.001"]
 
 
@@ -160,6 +161,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     folder = run_until(make_config(*overrides), step)
     assert [row["step"] for row in metrics_of(folder)][-1] == step
     assert (folder / "checkpoints" / "latest").readlink() == Path(f"{step - 1:06d}")
+    assert f"to go on: rlhf train --resume {folder}" in (folder / "train.log").read_text()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "rew')  # a kill may cut a line short
     assert resume(folder).folder == folder
@@ -302,7 +304,7 @@ def test_what_would_make_another_run_is_refused(
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is no folder of a run" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "--resume with a run folder" in capsys.readouterr().err
 
