@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -95,8 +96,13 @@ def whole(run: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["generate", "score", "train"])
-@pytest.mark.parametrize("role", ["policy", "critic", "reference", "reward"])
+@pytest.mark.parametrize(
+    ("role", "phase"),
+    [
+        *itertools.product(("policy", "critic", "reference", "reward"), ("generate", "score", "train")),
+        *itertools.product(("policy", "critic"), ("swap", "evaluate", "checkpoint")),
+    ],
+)
 def test_killed_roles_in_all_phases(run: Callable[..., Path], whole: Path, role: str, phase: str) -> None:
     """Some are idle then, and missed in the next phase that needs them."""
     with kill(role, (2, phase), 0.02) as killed:
