@@ -64,7 +64,8 @@ class Checkpoints:
         """Whole checkpoints, oldest first."""
         if not self.folder.exists():
             return []
-        return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and (p / "DONE").exists())
+        found = [p for p in self.folder.iterdir() if p.name.isdigit() and (p / "DONE").exists()]
+        return sorted(found, key=lambda folder: int(folder.name))
 
     @property
     def last_step(self) -> int:
@@ -117,12 +118,12 @@ class Checkpoints:
     def best(self) -> Path | None:
         """The one with the largest ``checkpoint.keep_best``, the later of equals. Only an evaluation of the very
         weights that were saved counts."""
-        measured = []
-        for folder in self.done() if self.section.keep_best else []:
+        measured: dict[Path, float] = {}
+        for folder in reversed(self.done()) if self.section.keep_best else ():
             state = json.loads((folder / "state.json").read_text())
             if state["eval/step"] == state["step"]:
-                measured.append((state[self.section.keep_best], folder))
-        return max(measured)[1] if measured else None
+                measured[folder] = state[self.section.keep_best]
+        return max(measured, key=measured.__getitem__) if measured else None
 
     def _link(self, name: str, folder: Path) -> None:
         link = self.folder / f"{name}.tmp"

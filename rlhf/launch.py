@@ -169,6 +169,9 @@ def _run(config: Config, task: Task, run: RunFolder) -> Result:
                 f"NOTHING WAS LEARNT: all {last['policy/skipped_updates']:.0f} updates of the policy were skipped: "
                 f"their gradients are not finite. Their batches are {run.path}/skipped-policy-*.pt"
             )
+    except BaseException:
+        console.line(f"ended early; to go on: rlhf train --resume {run.path}")
+        raise
     finally:
         log.removeHandler(handler)
         console.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from rlhf.config import Config, load_config, spell
 from rlhf.types import Prompt
 
 # What may be overridden: how long, how it is watched, kept and placed, and how a reward that fails is treated. Whole
-# sections, or keys. The number of threads decides how floats are summed, so that another one changes the last bits.
+# sections, or keys. The number of threads decides how floats are summed, so that another one changes the last bits;
+# a learning rate that decays does so until the new end.
 FREE = (
     "run.steps", "eval.every", "checkpoint", "tracking", "rollout.kv_cache_gib", "cluster.kind", "cluster.placement",
     "cluster.threads", "cluster.timeout_s", "cluster.start_timeout_s", "reward.timeout_s", "reward.on_error",
@@ -26,8 +28,9 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> Config:
     Raises ValueError where there is no run, and for an override of what makes the run what it is.
     """
     file = folder / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"{str(folder)!r} is no run folder, it has no config.yaml; give one such as runs/NAME/0001")
+    for name in ("config.yaml", "data.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} is no folder of a run, it has no {name}; give one like runs/NAME/0001")
     config = load_config(file, overrides)
     old, new = load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
     for section, values in new.items():
@@ -55,7 +58,8 @@ def fingerprint(prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt]) -> di
 
 
 def _hash(rows: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=repr).encode()).hexdigest()
+    text = json.dumps(rows, sort_keys=True, default=lambda value: pickle.dumps(value).hex())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_same_data(run_folder: Path, now: dict[str, Any]) -> None:

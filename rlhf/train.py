@@ -134,5 +134,6 @@ def train(
             state = LoopState(
                 algorithm, rollouts.state(), reward.state(), before, latest, step, tracker.progress, elapsed
             )
-            checkpoints.save(state, roles.learners)
+            with phase("checkpoint"):
+                checkpoints.save(state, roles.learners)
     return before, latest

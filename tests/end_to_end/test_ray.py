@@ -78,7 +78,7 @@ def test_local_and_ray_give_the_same_bits_and_the_ray_driver_no_weights(
 
 
 def test_killing_a_role_fails_the_run_and_names_it(tmp_path: Path) -> None:
-    overrides = [*SMALL, "run.steps=100000", "tracking.wandb=disabled", "eval.every=0"]
+    overrides = [*SMALL, "run.steps=100000", "tracking.wandb=disabled", "eval.every=0", "checkpoint.max_restarts=0"]
     run = subprocess.Popen(
         command(tmp_path, *overrides), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )

@@ -134,6 +134,13 @@ def test_a_torn_folder_is_never_loaded_and_goes(tmp_path: Path) -> None:
     assert loaded(checkpoints) == 2 and names(tmp_path / "checkpoints") == ["000001", "000002"]
 
 
+def test_the_newest_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, Checkpoint(keep_last=1, keep_best=None))
+    for step in (999_999, 1_000_000):  # by name, the first would come last
+        save(checkpoints, step)
+        assert loaded(checkpoints) == checkpoints.last_step == step
+
+
 # ---------------------------------------------------------------- killed
 
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink"}
