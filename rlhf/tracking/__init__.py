@@ -32,17 +32,6 @@ class MetricLog:
 
             self._wandb = WandbTracker(config, run.path)
 
-    def rewind(self, step: int, progress: dict[str, int]) -> None:
-        """The run goes on after ``step``: forget the steps that came later. ``progress``: the counters as of then."""
-        path = self.run.path / "metrics.jsonl"
-        kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, path.read_text().splitlines()))
-        self._file.close()
-        self.run.write("metrics.jsonl", "".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-        rows = [json.loads(line) for line in kept]
-        self.history = [{n: math.nan if value is None else value for n, value in row.items()} for row in rows]
-        self.progress = dict(progress)
-
     @contextmanager
     def phase(self, step: int, times: dict[str, float], name: str) -> Iterator[None]:
         """Show what is going on, and add its seconds to ``times``."""
@@ -74,6 +63,17 @@ class Tracker(MetricLog):
         self.config = config
         self.history: list[dict[str, Any]] = []
         self.progress = {"samples": 0, "tokens": 0}
+
+    def rewind(self, step: int, progress: dict[str, int]) -> None:
+        """The run goes on after ``step``: forget the steps that came later. ``progress``: the counters as of then."""
+        path = self.run.path / "metrics.jsonl"
+        kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, path.read_text().splitlines()))
+        self._file.close()
+        self.run.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        rows = [json.loads(line) for line in kept]
+        self.history = [{n: math.nan if value is None else value for n, value in row.items()} for row in rows]
+        self.progress = dict(progress)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step."""

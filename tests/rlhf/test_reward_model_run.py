@@ -75,7 +75,7 @@ def test_a_run_leaves_a_reward_model(write: Callable[..., Path], tmp_path: Path,
     log = (run / "train.log").read_text()
     assert "20 pairs, 6 held out; dropped: 0 too long" in log and "step 3/3  loss" in log and "ETA 0:00" in log
     assert "5 marks" in log and "confidence" in log
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"000002", "000003", "latest"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"000002", "000003", "latest", "best"}
 
     folder = run / "checkpoints" / "latest" / "hf"
     calibration = json.loads((folder / "calibration.json").read_text())
