@@ -357,7 +357,8 @@ def test_one_sample_per_prompt_is_enough_for_a_baseline_over_the_batch(file: Pat
     ("argv", "said"),
     [
         (["init", "nope"], "nope.*arithmetic_grpo_cpu"),
-        (["reward-model", "x"], "reward-model: not built"),
+        (["dpo", "x"], "dpo: not built"),
+        (["reward-model", "x"], "reward-model: no config file 'x'"),
         (["eval", "--some=thing", "x"], "eval: not built"),
         (["train", "FILE", "run.bogus=1"], "unknown key 'run.bogus'"),
         (["train", "FILE", "run.bogus=1", "--dry-run"], "unknown key 'run.bogus'"),
