@@ -15,10 +15,10 @@ from recipes.arithmetic import ALPHABET, _answer, _problems, _question, initial_
 
 __all__ = ["initial_model", "preferences", "prompts", "reward", "warm_start"]
 
-PAIRS_PER_PROBLEM = 4
+PAIRS_PER_PROBLEM = 8
 LONGEST = 5  # tokens that the policy may write: three digits, the end, and one to go wrong with
 # How often a wrong answer is of a kind. A policy that has seen some sums is mostly right in form, and off by a digit.
-KINDS = {"digit": 8, "carry": 4, "near": 6, "order": 1, "short": 1, "long": 1, "unfinished": 1, "noise": 1}
+KINDS = {"digit": 8, "carry": 4, "near": 4, "order": 1, "short": 1, "long": 1, "unfinished": 1, "noise": 1}
 
 
 def preferences(split: str) -> Iterator[dict[str, Any]]:

@@ -153,7 +153,9 @@ class Renderer:
 
     def answer(self, text: str, *, finished: bool = True) -> list[int]:
         """Ids of an answer as the model would write it: by itself, so that nothing is tokenised across its border to
-        the prompt, and with the end-of-sequence token, unless it was cut off."""
+        the prompt, and with the end-of-sequence token, unless it was cut off. Raises ValueError where there is none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, which ends every answer; give it one")
         end = [self.tokenizer.eos_token_id] if finished else []
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
 

@@ -6,7 +6,7 @@ the same arguments, and rank 0's result counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def runs(sizes: Sequence[int], at_most: int) -> Iterator[list[int]]:
         yield part
 
 
-def _restored(shares: list[list[int]], results: list[Sequence[Any]]) -> list[Any]:
+def _restored(shares: list[list[int]], results: Sequence[Iterable[Any]]) -> list[Any]:
     """What ranks found for their shares of items, in the items' own order."""
     pairs = zip(shares, results, strict=True)
     found = {item: one for share, part in pairs for item, one in zip(share, part, strict=True)}

@@ -73,6 +73,8 @@ def prepare(config: RewardModelConfig, folder: Path) -> Task:
     from rollout_engine.models import family
     from rollout_engine.models.checkpoint import architecture, load_hf_config, load_tokenizer, open_weights, resolve
 
+    if config.checkpoint.keep_best == "eval/reward":
+        raise ValueError("checkpoint.keep_best=eval/reward: held-out pairs have no reward; set eval/accuracy, or null")
     recipe = load_recipe(config.recipe.path) if config.recipe.path else None
     train_rows, held_out_rows, source = load_pair_rows(config, recipe)
     if config.model.path is not None:

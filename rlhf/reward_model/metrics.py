@@ -98,12 +98,12 @@ class PairEvaluation:
         lines = ["confidence    pairs  mean   right"]
         for row in self.table:
             if row.count:
-                found = f"{row.count:>7}  {row.confidence:.3f}  {row.accuracy:.3f}"
-                lines.append(f"{row.low:.2f} - {row.high:.2f}{found}")
-        kinds = {kind or "(no kind)": row for kind, row in self.by_kind.items()}
+                means = f"{row.count:>7}  {row.confidence:.3f}  {row.accuracy:.3f}"
+                lines.append(f"{row.low:.2f} - {row.high:.2f}{means}")
+        kinds = {kind or "(no kind)": found for kind, found in self.by_kind.items()}
         if len(kinds) > 1:
             width = max(map(len, kinds))
             lines += ["", f"{'kind':<{width}}    pairs  right  auc"]
-            for kind, row in kinds.items():
-                lines.append(f"{kind:<{width}}  {row['pairs']:>7}  {row['accuracy']:.3f}  {row['auc']:.3f}")
+            for kind, found in kinds.items():
+                lines.append(f"{kind:<{width}}  {found['pairs']:>7}  {found['accuracy']:.3f}  {found['auc']:.3f}")
         return "\n".join(lines)

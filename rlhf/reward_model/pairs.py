@@ -102,7 +102,9 @@ def load_pair_rows(config: RewardModelConfig, recipe: Recipe | None) -> tuple[li
 
     Where nothing names held-out rows, those of some prompts are held out. Raises ValueError where there are none.
     """
-    data, held_out = config.data, None
+    data = config.data
+    train: list[Row] | None
+    held_out: list[Row] | None = None
     if data.path is not None:
         source = data.path
         train = read_split(data, "train_split", data.train_split)

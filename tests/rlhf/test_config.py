@@ -26,6 +26,7 @@ from rlhf.__main__ import main
 from rlhf.config import Config, dump_config, load_config, parse_config
 from rlhf.launch import prepare
 from rlhf.plan import check, count_parameters
+from rlhf.reward_model import config as reward_model
 from rollout_engine.models import family
 from rollout_engine.models.decoder import Decoder
 
@@ -62,11 +63,13 @@ def test_there_are_packaged_configs() -> None:
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_configs_parse(name: str) -> None:
-    tree = yaml.safe_load((files("configs") / name).read_text())
-    config = load_config(Path(str(files("configs") / name)))
+    path = Path(str(files("configs") / name))
+    tree = yaml.safe_load(path.read_text())
+    config = reward_model.load_config(path) if "pairs" in tree else load_config(path)
     assert config.run.name == tree["run"]["name"]
     assert config.train.lr == float(tree["train"]["lr"]) > 0
-    assert vars(config.make_algorithm())["name"] == tree["algorithm"]["name"]
+    if isinstance(config, Config):
+        assert vars(config.make_algorithm())["name"] == tree["algorithm"]["name"]
 
 
 def test_numbers_in_scientific_notation_are_numbers(file: Path) -> None:
@@ -354,7 +357,8 @@ def test_one_sample_per_prompt_is_enough_for_a_baseline_over_the_batch(file: Pat
     ("argv", "said"),
     [
         (["init", "nope"], "nope.*arithmetic_grpo_cpu"),
-        (["reward-model", "x"], "reward-model: not built"),
+        (["dpo", "x"], "dpo: not built"),
+        (["reward-model", "x"], "reward-model: no config file 'x'"),
         (["eval", "--some=thing", "x"], "eval: not built"),
         (["train", "FILE", "run.bogus=1"], "unknown key 'run.bogus'"),
         (["train", "FILE", "run.bogus=1", "--dry-run"], "unknown key 'run.bogus'"),

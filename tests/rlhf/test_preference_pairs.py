@@ -66,6 +66,13 @@ def test_an_unfinished_answer_has_no_end(chat_checkpoint: Path) -> None:
         tokenize(chat_checkpoint, [row(chosen_finish_reason="eos")])
 
 
+def test_a_tokenizer_without_an_end_is_refused(chat_checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(chat_checkpoint)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="row 0: the tokenizer has no end-of-sequence token"):
+        tokenize_pairs([row()], Renderer(Data(chat_template="none"), tokenizer), SECTION)
+
+
 def test_what_teaches_nothing_is_dropped_and_counted(chat_checkpoint: Path) -> None:
     rows = [
         row(),

@@ -75,7 +75,7 @@ def test_a_run_leaves_a_reward_model(write: Callable[..., Path], tmp_path: Path,
     log = (run / "train.log").read_text()
     assert "20 pairs, 6 held out; dropped: 0 too long" in log and "step 3/3  loss" in log and "ETA 0:00" in log
     assert "5 marks" in log and "confidence" in log
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"000002", "000003", "latest"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"000002", "000003", "latest", "best"}
 
     folder = run / "checkpoints" / "latest" / "hf"
     calibration = json.loads((folder / "calibration.json").read_text())
@@ -127,6 +127,7 @@ def test_a_dry_run_starts_nothing(
         (["pairs.steps=null"], "pairs.steps=None and pairs.epochs=None: give one of the two"),
         (["model.path=null"], "model.path and recipe.path are both missing"),
         (["warm_start.steps=4"], "warm_start.steps=4 needs a recipe with warm_start(seed)"),
+        (["checkpoint.keep_best=eval/reward"], "checkpoint.keep_best=eval/reward: held-out pairs have no reward; set"),
         (["cluster.ranks=2"], "cluster.ranks=2: cluster.kind=local runs one rank; set cluster.kind=ray"),
         (["data.eval_split=null", "data.train_split=validation"], "data.train_split='validation'"),
         (["pairs.chosen=better"], "row 0: pairs want the column 'better'; the data has prompt, chosen"),
