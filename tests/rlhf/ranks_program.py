@@ -18,9 +18,11 @@ from rlhf.config import ModelSection, Rollout, Train
 from rlhf.division import divide_minibatch
 from rlhf.packing import forward_logprobs
 from rlhf.roles import policy as policy_module
+from rlhf.roles.critic import Critic
 from rlhf.roles.policy import Policy
 from rlhf.types import Batch
 from rollout_engine import SamplingParams
+from rollout_engine.models import checkpoint as checkpoint_module
 from rollout_engine.models.checkpoint import load_model
 
 
@@ -42,7 +44,28 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
         return {name: p.clone() for name, p in whole.items()}
 
 
+def run_critic(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Scores of this rank's share of a batch, then one update on it."""
+    critic = Critic(
+        checkpoint=job["checkpoint"],
+        run_folder=folder,
+        model=ModelSection(),
+        train=Train(lr=job["lr"], max_grad_norm=1e9, zero_stage=job["stage"], tokens_per_microbatch=job["max_tokens"]),
+        algorithm=job["algorithm"],
+        total_updates=10,
+        timeout_s=120,
+    )
+    share = divide_minibatch(ranks, job["critic"])[0][rank]["minibatch"]
+    scored = critic.score(share)
+    metrics = critic.update(share)
+    names = [name for name, _ in critic.model.decoder.named_parameters()]
+    with critic.learner.backend.gathered(names) as whole:
+        return {"share": scored, "metrics": metrics, "weights": {name: p.clone() for name, p in whole.items()}}
+
+
 def run(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    if "critic" in job:
+        return run_critic(job, folder, rank, ranks)
     policy = Policy(
         checkpoint=job["checkpoint"],
         run_folder=folder,
@@ -75,6 +98,7 @@ def run(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, A
 
 def main() -> None:
     policy_module.load_model = functools.partial(load_model, tokenizer=False)  # the checkpoint has none
+    checkpoint_module.load_tokenizer = lambda folder: None
     folder, rank, ranks, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     set_threads(1)
     set_rendezvous(Rendezvous("127.0.0.1", port, rank, ranks))
