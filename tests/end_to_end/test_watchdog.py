@@ -65,6 +65,14 @@ class Fragile:
         if then == "die":
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def be_two(self, folder: Path, wait_s: float) -> int:
+        """Wait until another role is in the same call; how many came."""
+        (folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + wait_s
+        while (count := len(list(folder.iterdir()))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return count
+
     def pid(self) -> int:
         return os.getpid()
 
@@ -77,7 +85,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from rlhf.cluster.ray import RayCluster
 
     os.environ["PYTHONPATH"] = f"{ROOT}:{Path(__file__).parent}"
-    section = Cluster(kind="ray", threads=1, timeout_s=TIMEOUT_S)
+    section = Cluster(kind="ray", threads=1, timeout_s=TIMEOUT_S, placement="separate")
     cluster = RayCluster(section, tmp_path_factory.mktemp("roles"), {})
     yield cluster
     started = dict(cluster.started)
@@ -171,6 +179,25 @@ def test_the_rank_that_died_is_named_not_the_one_that_lost_it(spawn: Callable[..
     role = spawn("pair", ranks=2, group=True)
     with pytest.raises(RoleDied, match=r"role pair rank 1 \(pid \d+\) died during meet_and_die\(\)"):
         role.meet_and_die()
+
+
+def test_separate_roles_work_at_the_same_time_and_colocated_ones_take_turns(
+    cluster: Any, spawn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = [spawn("left"), spawn("right")]
+    (tmp_path / "separate").mkdir()
+    assert cluster.together([role.be_two for role in pair], tmp_path / "separate", TIMEOUT_S / 2) == [2, 2]
+    (tmp_path / "colocated").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "section", cluster.section.model_copy(update={"placement": "colocated"}))
+        assert cluster.together([role.be_two for role in pair], tmp_path / "colocated", 0.1) == [1, 2]
+    pids = [role.pid() for role in pair]
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(RoleDied, match=rf"role right \(pid {pids[1]}\) died during be_two\(\)"):
+        cluster.together([role.be_two for role in pair], tmp_path / "separate", 0.1)
+    said = rf"role left \(pid {pids[0]}\) did not finish sleep\(\) within 3 s"
+    with pytest.raises(TimeoutError, match=said):
+        cluster.together([pair[0].sleep])
 
 
 def test_what_travels_is_counted_and_nothing_stays_in_the_store(cluster: Any, spawn: Callable[..., Any]) -> None:
