@@ -110,6 +110,8 @@ def prepare(config: RewardModelConfig, folder: Path) -> Task:
 
 def _check_cluster(config: RewardModelConfig) -> None:
     ranks, gpus = config.ranks["reward_model"], config.cluster.gpus
+    if config.cluster.placement == "separate":
+        raise ValueError("cluster.placement=separate: a reward model is trained alone; leave it colocated")
     if ranks > 1 and config.cluster.kind == "local":
         raise ValueError(f"cluster.ranks={ranks}: cluster.kind=local runs one rank; set cluster.kind=ray")
     if gpus and ranks != gpus:
