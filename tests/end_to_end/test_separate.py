@@ -55,28 +55,38 @@ def test_colocated_and_separate_give_the_same_bits_with_any_ranks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["role", "driver"])
-def test_nobody_outlives_a_run_that_was_killed(tmp_path: Path, fives: list[str], victim: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "sign", "said"),
+    [
+        ("critic", signal.SIGKILL, r"role critic \(pid {pid}\) died during"),
+        ("critic", signal.SIGSTOP, r"role critic \(pid {pid}\): STOPPED by a signal"),
+        ("driver", signal.SIGKILL, ""),
+    ],
+)
+def test_nobody_outlives_a_run_that_failed(tmp_path: Path, fives: list[str], victim: str, sign: int, said: str) -> None:
+    forever = ["run.steps=100000", "eval.every=0", "checkpoint.max_restarts=0", "cluster.timeout_s=20"]
     run = subprocess.Popen(
-        command(tmp_path, *fives, "run.steps=100000", "eval.every=0", "cluster.placement=separate"),
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(),
+        command(tmp_path, *fives, *forever, "cluster.placement=separate"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     watchdog = threading.Timer(300, run.kill)
     watchdog.start()
     pids: dict[str, int] = {}
     try:
         assert run.stdout is not None
+        pids["driver"] = run.pid
         for line in run.stdout:
             if found := re.search(r"role (\w+): pid (\d+) \(ray", line):
                 pids[found[1]] = int(found[2])
             if line.startswith("step 2/"):
-                os.kill(pids["critic"] if victim == "role" else run.pid, signal.SIGKILL)
+                os.kill(pids[victim], sign)
                 break
-        run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=120)
     finally:
         watchdog.cancel()
         run.kill()
-    assert len(pids) == 4
+    assert len(pids) == 5 and run.returncode
+    assert re.search(said.format(pid=pids["critic"]), errors)
     deadline = time.monotonic() + 60
     while alive := {role: pid for role, pid in pids.items() if process_state(pid) not in (None, "Z")}:
         assert time.monotonic() < deadline, f"{alive} outlived the run"

@@ -10,6 +10,7 @@ import pytest
 from rlhf.cluster.placement import num_bundles, seats
 from rlhf.config import Config, load_config
 from rlhf.launch import prepare
+from rlhf.plan import check_placement
 
 CONFIG = Path(__file__).parents[2] / "configs" / "arithmetic_grpo_cpu.yaml"
 RANKS = {"policy": 4, "critic": 2, "reference": 1}
@@ -93,6 +94,15 @@ SEPARATE = "cluster.placement=separate"
 def test_what_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         prepare(ppo(*overrides), tmp_path / "run")
+
+
+def test_reward_models_are_placed_and_named_by_their_key() -> None:
+    models = ["reward.models={kind: a, short: b}", "cluster.placement=separate"]
+    config = ppo(*models, "cluster.gpus=8", "reward_model.ranks=2")
+    assert config.ranks == {"policy": 2, "reference": 1, "critic": 1, "reward_model-kind": 2, "reward_model-short": 2}
+    check_placement(config)
+    with pytest.raises(ValueError, match=r"reward_model\.ranks=2: cluster\.kind=local runs one rank"):
+        check_placement(ppo(models[0], "reward_model.ranks=2", "cluster.kind=local"))
 
 
 @pytest.mark.parametrize(
