@@ -246,6 +246,8 @@ def test_what_fits_is_let_through(file: Path) -> None:
     check_tiny(file, "rollout.max_tokens=54")  # 10 + 54 = 64, the context
     check_tiny(file, "algorithm.updates_per_rollout=4")
     check_tiny(file, tokens=83)
+    for correction in ("tis_clip=2.0", "proximal=sampler"):
+        check_tiny(file, "rollout.top_p=0.9", f"algorithm.{correction}")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,14 @@ def test_what_fits_is_let_through(file: Path) -> None:
         # 2 * 3 layers * 3 heads * 20 * 4 bytes = 1440 bytes a token: 0.00005 GiB hold 37, one page of 32
         (["rollout.kv_cache_gib=0.00005", "rollout.max_tokens=30"], 10, 80, ["40 tokens", "kv_cache_gib=0.00005"]),
         (["rollout.page_size=48"], 10, 80, ["page_size=48", "32"]),
+        (
+            ["rollout.top_p=0.9"],
+            10,
+            80,
+            ["top_p=0.9", "nothing corrects", "tis_clip=2.0", "proximal=sampler", "top_p=1"],
+        ),
+        (["rollout.top_k=5"], 10, 80, ["top_k=5", "nothing corrects"]),
+        (["rollout.min_p=0.1", "algorithm.reject=token"], 10, 80, ["min_p=0.1", "nothing corrects"]),
         (["rollout.max_num_seqs=3"], 10, 80, ["samples_per_prompt=4", "max_num_seqs=3"]),
         ([], 10, 84, ["84 tokens", "83"]),
     ],
