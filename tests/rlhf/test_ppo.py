@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -165,7 +166,7 @@ def test_advantages_and_returns_match_naive_code(changed: dict[str, Any], seed: 
 
 def test_a_masked_answer_has_no_part_in_the_others_advantages() -> None:
     answers, values, batch = case(0)
-    ppo = PPO(kl_coef=0.0, truncated="mask")
+    ppo = PPO(truncated="mask")
     lengths = torch.tensor(batch.lengths)
     mask = batch.loss_mask & (torch.arange(len(answers)) != 2).repeat_interleave(lengths)
     got = ppo.advantages(batch.replace(loss_mask=mask))
@@ -312,8 +313,12 @@ def test_the_coefficient_stays_within_its_bounds_whatever_happens() -> None:
 
 
 def batch_with_kl(kl: float) -> Batch:
-    """Every token's k1 is ``kl``."""
-    answer = Answer(2, 0, 1.0, now=[-9.0] * 3, old=[-9.0] * 3, ref=[-1.0 - kl] * 3, rollout=[-1.0] * 3)
+    """Every token's k3 is ``kl``: r - 1 - log r for the r > 1 that bisection finds."""
+    low, high = 0.0, 12.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.expm1(middle) - middle < kl else (low, middle)
+    answer = Answer(2, 0, 1.0, now=[-9.0] * 3, old=[-9.0] * 3, ref=[-20.0 + low] * 3, rollout=[-20.0] * 3)
     return batch_of([answer], {**AXES, "kl_coef": 0.1})
 
 
@@ -356,8 +361,10 @@ def test_the_coefficient_waits_while_the_policy_does() -> None:
     assert ppo.adapted(nothing, 3) == ppo and ppo.mean_kl(nothing) == 0.0
 
 
-def test_the_kl_that_steers_is_that_of_the_policy_that_sampled() -> None:
-    answer = Answer(1, 0, 1.0, now=[-9.0] * 2, old=[-8.0] * 2, ref=[-3.0] * 2, rollout=[-2.0, -1.0])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_that_steers_is_that_of_the_policy_that_sampled_and_never_negative(estimator: Any) -> None:
+    """Log-ratios -1 and 2 of the reference over the sampler: e^-1 and e^2 - 3; k1 would be -1/2 in the mean."""
+    answer = Answer(1, 0, 1.0, now=[-9.0] * 2, old=[-8.0] * 2, ref=[-3.0, -1.0], rollout=[-2.0, -3.0])
     batch = batch_of([answer], {**AXES, "kl_coef": 0.1})
-    assert PPO(kl_estimator="k1").mean_kl(batch) == pytest.approx(1.5)  # 1 and 2
-    assert PPO(kl_estimator="k2").mean_kl(batch) == pytest.approx(1.25)  # 1/2 and 2
+    expected = (math.exp(-1) + math.exp(2) - 3) / 2
+    assert PPO(kl_estimator=estimator).mean_kl(batch) == pytest.approx(expected, rel=1e-6)
