@@ -212,10 +212,11 @@ def random_rule(prompt: Prompt, answer: Completion) -> Score | None:
     return Score(0.1 if flat else rng.random(), {"third": 1 / 3})
 
 
+@pytest.mark.parametrize("axes", [{}, {"name": "remax", "dynamic_sampling": True, "tis_clip": 2.0}], ids=str)
 @pytest.mark.parametrize("cut", range(6))
-def test_restored_rollouts_go_on_bitwise_with_the_surplus(cut: int) -> None:
+def test_restored_rollouts_go_on_bitwise_with_the_surplus(cut: int, axes: dict[str, Any]) -> None:
     """Through JSON, as a checkpoint on disk holds it."""
-    straight, policy = made(random_rule, overlong_buffer=0.5)
+    straight, policy = made(random_rule, overlong_buffer=0.5, **axes)
     expected, surplus = [], []
     for step in range(8):
         policy.version = step
@@ -224,7 +225,7 @@ def test_restored_rollouts_go_on_bitwise_with_the_surplus(cut: int) -> None:
         if step == cut:
             state = json.loads(json.dumps(straight.state()))
     assert max(surplus[:6]) > 0
-    resumed, policy = made(random_rule, overlong_buffer=0.5)
+    resumed, policy = made(random_rule, overlong_buffer=0.5, **axes)
     resumed.restore(state)
     assert json.loads(json.dumps(resumed.state())) == state and len(resumed.surplus) == surplus[cut]
     for step in range(cut + 1, 8):
@@ -286,6 +287,21 @@ def test_remax_compares_with_the_greedy_answer_to_the_same_prompt() -> None:
     parts = zip(batch.column("advantages").split(batch.lengths), trajectories, expected, strict=True)
     for column, t, advantage in parts:
         assert column.tolist() == [0.0, 0.0] + [advantage] * len(t.completion.token_ids)
+
+
+def test_a_greedy_answer_pays_for_its_length_too() -> None:
+    lengths = {}
+
+    def rule(prompt: Prompt, answer: Completion) -> Score:
+        if answer.sample_id >= FIRST_GREEDY_ID:
+            lengths[prompt.index] = len(answer.token_ids)
+        return Score(5.0)
+
+    rollouts, _ = made(rule, name="remax", tis_clip=2.0, overlong_buffer=1.0)
+    trajectories = rollouts.take(phase)
+    assert len(set(lengths.values())) > 1
+    for t in trajectories:
+        assert t.baseline == pytest.approx(5.0 - lengths[t.prompt.index] / MAX_TOKENS)
 
 
 def test_answers_whose_greedy_one_was_not_judged_are_left_out() -> None:
