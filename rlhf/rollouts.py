@@ -162,7 +162,9 @@ def _plain(t: Trajectory) -> dict[str, Any]:
 
 
 def _restored(row: dict[str, Any], prompts: dict[int, Prompt]) -> Trajectory:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in row["completion"].items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in row["completion"].items()
+    }
     score, problem = row["score"], row["problem"]
     trajectory = Trajectory.from_completion(
         prompts[row["prompt"]],

@@ -125,6 +125,8 @@ _FILLED_BY = {
     "old_logprobs": "Policy.score (needed when epochs x updates_per_rollout > 1 and proximal is trainer)",
     "ref_logprobs": "Reference.score (needed when kl_coef > 0)",
     "values": "Critic.score (needed by algorithms with a critic)",
+    "log_kept_mass": "pack(), of answers sampled from a part of the vocabulary",
+    "weight_versions": "pack(), of answers that carry theirs",
     "baselines": "pack(), of trajectories with a greedy answer (needed when baseline is greedy)",
     "advantages": "the algorithm's advantages()",
     "returns": "the advantages() of an algorithm with a critic",

@@ -115,17 +115,10 @@ class PolicyGradient:
                 "algorithm.dynamic_sampling=true trains on answers that waited for a step, which an older policy "
                 "sampled, and nothing corrects for that; set tis_clip (2.0, say), or proximal=sampler"
             )
-        if self.kl_coef == 0:
-            return
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
+        if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "algorithm.kl_estimator=k1 with kl_in=loss: on the policy's own samples the expectation of its "
                 "gradient is 0, so it would hold nothing back; set kl_estimator to k2 or k3, or kl_in=reward"
-            )
-        if self.kl_in == "reward" and self.truncated == "mask":
-            raise ValueError(
-                "algorithm.kl_in=reward with truncated=mask: the tokens of a masked answer aren't scored, so its "
-                "penalty would be missing from the baseline; set truncated=score or kl_in=loss"
             )
 
     @property
@@ -176,10 +169,13 @@ class PolicyGradient:
         return self.kl_coef * kl * batch.loss_mask
 
     def mean_kl(self, batch: Batch) -> float:
-        """Estimate of the KL per trained token, in nats, of the policy that sampled; of no token, 0."""
+        """KL to the reference per trained token, in nats, of the policy that sampled; of no token, 0.
+
+        Always k3: in a small batch k1, as unbiased, is often negative, and kl_coef would be steered by noise.
+        """
         trained = batch.loss_mask
         sampled, reference = batch.rollout_logprobs[trained].double(), batch.column("ref_logprobs")[trained].double()
-        kl = functional.kl_estimate(sampled, reference, self.kl_estimator)
+        kl = functional.kl_estimate(sampled, reference, "k3")
         return float(kl.sum() / max(1, len(kl)))
 
     def adapted(self, batch: Batch, step: int) -> Self:
@@ -275,6 +271,11 @@ class CriticFree(PolicyGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kl_coef > 0 and self.kl_in == "reward" and self.truncated == "mask":
+            raise ValueError(
+                "algorithm.kl_in=reward with truncated=mask: the tokens of a masked answer aren't scored, so its "
+                "penalty would be missing from the baseline; set truncated=score or kl_in=loss"
+            )
         if self.leave_one_out and self.baseline != "group":
             raise ValueError(
                 f"algorithm.leave_one_out=true leaves an answer out of its group's mean, and algorithm.baseline="

@@ -136,7 +136,7 @@ def test_an_unknown_key_of_the_file_is_refused_too(file: Path) -> None:
         ("algorithm.clip_low=2", ["algorithm.clip_low=2", "less than or equal to 1"]),
         ("algorithm.tis_clip=0", ["algorithm.tis_clip=0", "greater than 0"]),
         ("algorithm.dual_clip=1", ["algorithm.dual_clip=1", "greater than 1"]),
-        ("algorithm.baseline=prompt", ["algorithm.baseline='prompt'", "'group', 'batch' or 'none'"]),
+        ("algorithm.baseline=prompt", ["algorithm.baseline='prompt'", "'group', 'batch', 'greedy' or 'none'"]),
         ("algorithm.updates_per_rollout=two", ["algorithm.updates_per_rollout='two'", "integer"]),
         ("algorithm.aggregation=mean", ["algorithm.aggregation='mean'", "'token_mean'", "'sequence_mean'"]),
         ("algorithm.name=gpro", ["algorithm.name='gpro'", "'grpo'"]),
@@ -249,6 +249,8 @@ def test_what_fits_is_let_through(file: Path) -> None:
     check_tiny(file, "rollout.max_tokens=54")  # 10 + 54 = 64, the context
     check_tiny(file, "algorithm.updates_per_rollout=4")
     check_tiny(file, tokens=83)
+    for correction in ("tis_clip=2.0", "proximal=sampler"):
+        check_tiny(file, "rollout.top_p=0.9", f"algorithm.{correction}")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +263,14 @@ def test_what_fits_is_let_through(file: Path) -> None:
         # 2 * 3 layers * 3 heads * 20 * 4 bytes = 1440 bytes a token: 0.00005 GiB hold 37, one page of 32
         (["rollout.kv_cache_gib=0.00005", "rollout.max_tokens=30"], 10, 80, ["40 tokens", "kv_cache_gib=0.00005"]),
         (["rollout.page_size=48"], 10, 80, ["page_size=48", "32"]),
+        (
+            ["rollout.top_p=0.9"],
+            10,
+            80,
+            ["top_p=0.9", "nothing corrects", "tis_clip=2.0", "proximal=sampler", "top_p=1"],
+        ),
+        (["rollout.top_k=5"], 10, 80, ["top_k=5", "nothing corrects"]),
+        (["rollout.min_p=0.1", "algorithm.reject=token"], 10, 80, ["min_p=0.1", "nothing corrects"]),
         (["rollout.max_num_seqs=3"], 10, 80, ["samples_per_prompt=4", "max_num_seqs=3"]),
         ([], 10, 84, ["84 tokens", "83"]),
     ],
@@ -330,6 +340,7 @@ def test_algorithms_are_listed_with_their_papers_and_every_axis_as_a_config_spel
             cells = [row[a:b].strip() for a, b in itertools.pairwise([*starts, None])]
             listed.update({key: yaml.safe_load(cell) for key, cell in zip(titles.split(), cells, strict=True)})
         expected = vars(algorithms.load({"name": name}))
+        listed = {key: value for key, value in listed.items() if key in expected or value is not None}  # not its own
         assert listed == {key: value for key, value in expected.items() if key != "name" and key[0] != "_"}
     assert max(map(len, lines[lines.index("") + 1 :][len(algorithms.names()) :])) <= 100
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -108,7 +109,8 @@ ROW = {
     "rollout/logprob_gap_max": 0.0,
     "time/generate": 0.449,
     "time/reward": 0.01,
-    "time/train": 1.26,
+    "time/score": 0.21,
+    "time/train": 1.06,
     "time/swap": 0.0004,
     "time/step": 1.7194,
     "throughput/tokens_per_s": 2749.6,
@@ -116,7 +118,7 @@ ROW = {
 }
 LINE = (
     "step 30/200  reward .481  | len 4 cut 4% |  ent 1.23 clip 1.2%  gap .0"
-    "  | gen 0.4 reward 0.0 train 1.3 swap 0.0 = 1.7 s  | 2.7k tok/s | ETA 5:12"
+    "  | gen 0.4 reward 0.0 score 0.2 train 1.1 swap 0.0 = 1.7 s  | 2.7k tok/s | ETA 5:12"
 )
 
 
@@ -129,7 +131,7 @@ def test_the_line_of_a_step_with_evaluation_and_kl() -> None:
     row |= {"rollout/logprob_gap_max": 12.34, "throughput/tokens_per_s": 87.4, "time/eta": 3912.0}
     assert step_line(row, 200) == (
         "step 30/200  reward -.5  eval .75@25  | len 4 cut 4% |  kl 8e-4  ent 1.23 clip 1.2%  gap 12.3"
-        "  | gen 0.4 reward 0.0 train 1.3 swap 0.0 = 1.7 s  | 87 tok/s | ETA 1:05:12"
+        "  | gen 0.4 reward 0.0 score 0.2 train 1.1 swap 0.0 = 1.7 s  | 87 tok/s | ETA 1:05:12"
     )
 
 
@@ -172,6 +174,13 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["reward/flat_groups"] == pytest.approx(1 / 3)
     assert (metrics["length/mean"], metrics["length/max"]) == (3.0, 5)
     assert (metrics["reward/part/form"], metrics["reward/part/rare"]) == (0.5, 5.0)
+
+
+def test_the_greedy_answers_mean_reward_is_shown_where_there_are_any() -> None:
+    answers = [answer(0, Score(1.0), 2), answer(0, Score(0.0), 2), answer(1, Score(1.0), 2)]
+    assert "reward/greedy" not in rollout_metrics(answers)
+    compared = [replace(t, baseline=baseline) for t, baseline in zip(answers, (1.0, 1.0, 0.0), strict=True)]
+    assert rollout_metrics(compared)["reward/greedy"] == pytest.approx(2 / 3)
 
 
 def test_several_updates_merge_into_one_row() -> None:
