@@ -154,11 +154,14 @@ class PolicyGradient:
         return self.truncated == "mask"
 
     def shaped(self, rewards: Tensor, batch: Batch) -> Tensor:
-        """Rewards of answers to the batch's prompts, [S] fp64, normalised and clipped."""
-        rewards = rewards.double()
+        """Rewards of answers to the batch's prompts, [S] fp64, normalised and clipped.
+
+        Rounded to fp32, so that means of equal ones are exact in fp64 and a flat group's advantages exactly 0.
+        """
         if self.reward_norm == "batch":
-            rewards = functional.whitened(rewards, of=batch.rewards)
-        return rewards if self.reward_clip is None else rewards.clamp(-self.reward_clip, self.reward_clip)
+            rewards = functional.whitened(rewards.double(), of=batch.rewards).float()
+        bound = self.reward_clip
+        return (rewards if bound is None else rewards.clamp(-bound, bound)).double()
 
     def kl_penalty(self, batch: Batch) -> Tensor:
         """What each token costs in reward, [T] fp64: kl_coef x the estimate under the policy that sampled it."""

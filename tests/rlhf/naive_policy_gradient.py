@@ -119,7 +119,7 @@ def naive_reward(reward: float, answers: Sequence[Answer], axes: Axes) -> float:
         rewards = [a.reward for a in answers]
         reward = (reward - statistics.fmean(rewards)) / (statistics.stdev(rewards) + 1e-8)
     bound = axes["reward_clip"]
-    return reward if bound is None else max(-bound, min(bound, reward))
+    return torch.tensor(reward if bound is None else max(-bound, min(bound, reward))).item()  # rounded to float32
 
 
 def naive_advantages(answers: Sequence[Answer], axes: Axes) -> list[list[float]]:

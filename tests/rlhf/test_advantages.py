@@ -103,6 +103,15 @@ def test_equal_rewards_and_groups_of_one_get_exactly_zero(reward: float, levels:
         assert advantages([reward] * size, [0] * size, **levels) == [0.0] * size, size
 
 
+@pytest.mark.parametrize("axes", [{"reward_norm": "batch"}, {"reward_norm": "batch", "reward_clip": 0.3}], ids=str)
+def test_a_flat_groups_advantages_stay_exactly_zero_when_rewards_are_normalised(axes: Axes) -> None:
+    for size in range(2, 10):
+        flat = [Answer(1, 0, 0.7, [-1.0], [-1.0], [-1.0], [-1.0])] * size
+        others = [Answer(1, 1, x, [-1.0], [-1.0], [-1.0], [-1.0]) for x in (0.1, 0.9, 0.25)]
+        got = token_advantages("grpo", flat + others, **axes)
+        assert got[:size] == [[0.0]] * size and got[-1] != [0.0], size
+
+
 returns = st.lists(st.integers(-40, 40).map(lambda x: x / 8), min_size=2, max_size=9)
 levels = st.sampled_from([GROUP, GROUP_STD, LEAVE_ONE_OUT, BATCH, BATCH_STD, MIXED])
 
