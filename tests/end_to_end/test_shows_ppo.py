@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import ROOT, environment, metrics_of
+
+from recipes import arithmetic_ppo
+from rlhf.config import Data, ModelSection, Train
+from rlhf.data import Renderer
+from rlhf.reward_model.config import load_config
+from rlhf.reward_model.metrics import auc
+from rlhf.reward_model.pairs import tokenize_pairs
+from rlhf.roles.reward_model import RewardModel
+from rollout_engine.models.checkpoint import load_tokenizer
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "configs"
@@ -31,9 +42,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_reward_model_ranks_held_out_pairs(folder: Path) -> None:
-    rows = metrics_of(folder / "runs" / "arithmetic-reward-model" / "latest")
-    assert rows[-1]["eval/accuracy"] >= 0.95
+def test_the_reward_model_tells_right_from_wrong(folder: Path) -> None:
+    run = folder / "runs" / "arithmetic-reward-model" / "latest"
+    assert metrics_of(run)[-1]["eval/accuracy"] >= 0.95
+    # All held-out pairs, judged as PPO will have them judged: right from wrong across prompts, for every kind.
+    checkpoint = run / "checkpoints" / "latest" / "hf"
+    render = Renderer(Data(), load_tokenizer(checkpoint))
+    section = load_config(CONFIGS / "arithmetic_reward_model_cpu.yaml").pairs
+    pairs, _ = tokenize_pairs(list(arithmetic_ppo.preferences("eval")), render, section)
+    judge = RewardModel(checkpoint=checkpoint, model=ModelSection(), train=Train(lr=0))
+    right = torch.tensor(judge.judge(sorted({pair.chosen for pair in pairs})))
+    for kind in arithmetic_ppo.KINDS:
+        wrong = torch.tensor(judge.judge([pair.rejected for pair in pairs if pair.kind == kind]))
+        found = auc(right, wrong)
+        print(f"{kind:<12} {len(wrong):>5} wrong answers  AUC {found:.3f}")
+        assert found >= 0.9, kind
+    midpoint = json.loads((checkpoint / "calibration.json").read_text())["midpoint"]
+    assert (right > midpoint).double().mean() >= 0.9
 
 
 def before_and_after(folder: Path, *overrides: str) -> tuple[float, float]:

@@ -57,11 +57,7 @@ def message(file: Path, *overrides: str) -> str:
 # ---------------------------------------------------------------- loading
 
 
-def test_there_are_packaged_configs() -> None:
-    assert "arithmetic_grpo_cpu.yaml" in PACKAGED
-
-
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", ["arithmetic_grpo_cpu.yaml", *PACKAGED])
 def test_packaged_configs_parse(name: str) -> None:
     path = Path(str(files("configs") / name))
     tree = yaml.safe_load(path.read_text())
