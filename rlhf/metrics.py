@@ -30,6 +30,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "length/mean": sum(lengths) / len(lengths),
         "length/max": max(lengths),
         "length/truncated": sum(t.truncated for t in trajectories) / len(trajectories),
+        "length/answers": len(lengths),
         "length/answer_tokens": sum(lengths),
     }
     greedy = [t.baseline for t in trajectories if t.baseline is not None]

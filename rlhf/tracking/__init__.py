@@ -77,7 +77,7 @@ class Tracker(MetricLog):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record a step."""
-        self.progress["samples"] += self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
+        self.progress["samples"] += int(metrics["length/answers"])
         self.progress["tokens"] += int(metrics["length/answer_tokens"])
         row = {"step": step, **metrics, **{f"progress/{axis}": count for axis, count in self.progress.items()}}
         self.history.append(row)

@@ -104,7 +104,8 @@ def test_the_gsm8k_config_dry_runs_on_a_local_sample(tmp_path: Path, small: list
     assert "12 training prompts (0 dropped as too long), 3 held out" in said
     system = "<bos><|im_start|>system\nFinish with #### and the number.<|im_end|>\n<|im_start|>user\nAnn has "
     assert f"the first prompt, as the model sees it:\n{system}0" in said
-    assert said.count("reward of an empty answer to 'Ann has ") == 4 == said.count(".': 0.0\n")
+    assert said.count("reward of an empty answer to 'Ann has ") == 4
+    assert said.count("0.0 {'right': 0.0, 'format': 0.0}") == 4
     assert not (tmp_path / "runs").exists()
 
 

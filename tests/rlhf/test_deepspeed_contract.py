@@ -169,10 +169,11 @@ def test_several_updates_per_rollout_use_old_logprobs(make_policy: Callable[...,
 def test_every_preset_starts_on_the_policy_that_sampled_and_moves_away(
     name: str, make_policy: Callable[..., Policy]
 ) -> None:
-    axes = {"updates_per_rollout": 2, "kl_coef": 0.1, "tis_clip": 2.0}
+    axes = {"updates_per_rollout": 2, "epochs": 1, "kl_coef": 0.1, "tis_clip": 2.0}
     policy = make_policy(algorithm=algorithms.load({"name": name, **axes}), lr=0.01)
     batch = policy.score(sampled(policy))
-    batch = policy.algorithm.advantages(batch.replace(ref_logprobs=batch.column("old_logprobs")))
+    others = {"values": torch.zeros(batch.num_tokens), "baselines": torch.zeros(batch.num_sequences)}
+    batch = policy.algorithm.advantages(batch.replace(ref_logprobs=batch.column("old_logprobs"), **others))
     first, second = [policy.update(m) for m in policy.algorithm.minibatches(batch, 24)]
     assert first["policy/ratio"] == first["policy/tis_weight"] == 1.0  # exact numerics: no rounding to allow for
     assert first["policy/kl"] == first["policy/clip_fraction"] == first["policy/tis_truncated"] == 0.0
