@@ -1,7 +1,8 @@
 """Attention contexts: the one argument by which trainer and engine differ.
 
 A layer calls ``ctx.attend(layer, q, k, v, kind)`` and knows nothing else. Contexts are immutable and built
-once per forward. On CUDA both run torch's fused attention (``fused``), but for soft-capped layers, which it lacks.
+once per forward. On CUDA without Triton both run torch's fused attention (``fused``), but for soft-capped layers,
+which it lacks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import KV_BLOCK, AttentionKind, AttentionPlan, attend_paged, packed_attention, plan_tiles, store_kv
+from kernels.dispatch import uses_triton
 from kernels.torch_attention import Spans, varlen_attention
 
 
@@ -49,8 +51,8 @@ class TilePlans:
         return self._plans[window]
 
 
-def _is_cuda(device: torch.device | str) -> bool:
-    return torch.device(device).type == "cuda"
+def _torch_attends(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda" and not uses_triton(device)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class PackedAttention:
         rows, offsets = _rows_and_positions(lens, lens)
         tables = first[:, None] + np.arange(int(blocks.max()))
         plans = TilePlans(own, lens, tables, device)
-        use_fused = _is_cuda(device) if fused is None else fused
+        use_fused = _torch_attends(device) if fused is None else fused
 
         def tensor(x: np.ndarray) -> Tensor:
             return torch.from_numpy(x).to(device)
@@ -142,7 +144,7 @@ class PagedAttention:
         blocks = (tables[:, :, None] * per_page + np.arange(per_page)).reshape(len(tables), -1)
         plans = TilePlans(lengths, ends, blocks, device)
         spans, context_slots = None, None
-        if _is_cuda(device) if fused is None else fused:
+        if _torch_attends(device) if fused is None else fused:
             spans = (Spans.of(lengths, device), Spans.of(ends, device))
             context_slots = slots_of(*_rows_and_positions(ends, ends))
         new = torch.from_numpy(positions).to(device)

@@ -1,0 +1,58 @@
+"""Every shipped kernel in every shipped configuration compiles for sm_90, without a GPU, and as intended.
+
+``shipped/<op>.py`` has, for ``kernels/triton/<op>.py``: ``launch()``, which calls the op's wrappers once per
+configuration; ``PRODUCTS``, the tensor-core instruction that a kernel must use, by its name (a kernel that isn't listed
+must use none); and ``SPILLS``, the reasons why a kernel may spill.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compile_only import SHARED_MEMORY
+
+HERE = Path(__file__).parent
+OPS = sorted(p.stem for p in (HERE / "shipped").glob("*.py"))
+NO_KERNELS = {"__init__", "tiles"}
+
+
+@functools.cache
+def report(op: str) -> dict[str, list[dict[str, Any]]]:
+    """What the compiler made of the op's kernels; a process of its own, since this one interprets them."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_only.py"), op],
+        capture_output=True, text=True, timeout=900, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_every_file_of_kernels_is_in_the_gate() -> None:
+    files = {p.stem for p in (HERE.parents[1] / "kernels" / "triton").glob("*.py")}
+    assert files - NO_KERNELS == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile_for_sm_90_as_intended(op: str) -> None:
+    shipped = importlib.import_module(f"shipped.{op}")
+    found = report(op)
+    assert found and all(found.values()), f"never launched: {[name for name, made in found.items() if not made]}"
+    for kernel, configurations in found.items():
+        print(f"{kernel}: {len(configurations)} configurations")
+        for made in configurations:
+            wanted = shipped.PRODUCTS.get(kernel)
+            assert (wanted in made["products"]) if wanted else not made["products"], made
+            assert made["shared"] <= SHARED_MEMORY, made
+            if kernel not in shipped.SPILLS:
+                assert made["spills"] == 0 and made["stack"] == 0, made
