@@ -19,12 +19,16 @@ BUILD_LOCK_S = 600  # a build takes about a minute
 
 
 def folder() -> Path:
-    """Where torch keeps extensions: inside the virtual environment, unless told otherwise.
+    """Where torch keeps extensions: inside the virtual environment, unless told otherwise; built by its own ninja.
 
-    Torch's own default is one folder for all environments, which then rebuild each other's extensions in turn.
+    Torch's own default is one folder for all environments, which then rebuild each other's extensions in turn. So do
+    two versions of ninja: the environment's comes first, whether or not the environment was activated.
     """
     if "TORCH_EXTENSIONS_DIR" not in os.environ and sys.prefix != sys.base_prefix:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+        programs = str(Path(sys.prefix) / "bin")
+        if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
+            os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -54,3 +55,14 @@ def test_a_live_lock_is_waited_for(lock: Callable[[float, bool], Path]) -> None:
     extension_cache.wait_for_locks()
     assert 1 < time.monotonic() - begin < 30
     builder.join()
+
+
+def test_the_environments_own_ninja_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version would find the extension stale, and so would the environment's own after it, in turn."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that what the call sets is undone
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(sys, "prefix", "/somewhere/environment")
+    for _ in range(2):
+        assert extension_cache.folder() == Path("/somewhere/environment/torch_extensions")
+        assert os.environ["PATH"] == "/somewhere/environment/bin:/usr/bin"
