@@ -16,6 +16,7 @@ from kernels import reference
 from kernels.cpu.loader import extension
 from kernels.reference import KV_BLOCK, AttentionKind, AttentionPlan, SampledTokens
 from kernels.reference.attention import CAUSAL, score_scale
+from kernels.reference.kv_store import Scales
 from kernels.reference.logprobs import Product
 
 __all__ = [
@@ -173,10 +174,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up) if _needs_grad(gate_up) else ops.swiglu(gate_up)
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def store_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, scales: Scales | None = None
+) -> None:
     ops = _ops(k)
-    if ops is None:
-        reference.store_kv(k, v, k_cache, v_cache, slots)
+    if ops is None or scales is not None:
+        reference.store_kv(k, v, k_cache, v_cache, slots, scales)
     else:
         ops.store_kv(_heads(k), _heads(v), k_cache, v_cache, slots)
 
@@ -192,10 +195,11 @@ def attend_blocks(
     plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
     lse: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     ops = _ops(q)
-    if ops is None:
-        return reference.attend_blocks(q, k_cache, v_cache, plan, kind, lse)
+    if ops is None or scales is not None:
+        return reference.attend_blocks(q, k_cache, v_cache, plan, kind, lse, scales)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     where = plan.queries, plan.contexts, plan.tables
     ops.attend(_heads(q), k_cache, v_cache, *where, *_scores(kind, q), out, lse)
@@ -211,9 +215,10 @@ def attend_paged(
     slots: Tensor,
     plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
+    scales: Scales | None = None,
 ) -> Tensor:
-    store_kv(k, v, k_cache, v_cache, slots)
-    return attend_blocks(q, k_cache, v_cache, plan, kind)
+    store_kv(k, v, k_cache, v_cache, slots, scales)
+    return attend_blocks(q, k_cache, v_cache, plan, kind, scales=scales)
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -23,9 +23,9 @@ from kernels.reference.attention import (
     attend_paged,
     packed_attention,
     plan_tiles,
-    store_kv,
 )
 from kernels.reference.dense import add_rms_norm, geglu, linear, rms_norm, rope, rope_tables, swiglu
+from kernels.reference.kv_store import store_kv
 from kernels.reference.logprobs import distribution, logits, token_logprobs
 from kernels.reference.sampling import SampledTokens, philox_uniform, sample_tokens
 

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.reference.kv_store import Scales, dequantise, store_kv
+
 KV_BLOCK = 32
 PREFILL_TILE = 16  # query tokens a tile when a sequence brings more than one
 MAX_PAIRS = 4096  # (tile, block) pairs held at a time: bounds the scratch memory of a call
@@ -73,6 +75,12 @@ class AttentionPlan:
     tables: Tensor  # [S, blocks] int64 ids of its KV blocks
     device: torch.device | str
     window: int | None
+    exact: bool = False  # a token's output has the same bits in any chunk and batch; on a CPU it always has
+
+    @cached_property
+    def prepared(self) -> dict[Any, Any]:
+        """What an implementation makes of the plan once and uses in every layer, under keys of its own."""
+        return {}
 
     @cached_property
     def tiles(self) -> tuple[TileBatch, ...]:
@@ -88,13 +96,15 @@ def plan_tiles(
     block_tables: Sequence[Sequence[int]] | np.ndarray,
     device: torch.device | str = "cpu",
     window: int | None = None,
+    exact: bool = False,
 ) -> AttentionPlan:
     """Plan the attention of a batch. Sequence i brings its last ``num_queries[i]`` tokens.
 
     ``context_lens[i]`` counts all its tokens, those included; ``block_tables[i]`` lists its KV blocks (of
     32 keys) in order, at least ceil(context_len / 32) of them. Queries lie packed, sequence by sequence.
     With a ``window``, blocks that lie wholly before it are left out; what a row sees inside a block is masked by
-    :class:`AttentionKind`, so such a plan serves windows up to this one.
+    :class:`AttentionKind`, so such a plan serves windows up to this one. With ``exact``, which costs speed on a GPU,
+    a token's output has the same bits whether it is prefilled, decoded or packed, in any chunks and any batch.
     """
     if isinstance(block_tables, np.ndarray):
         tables = block_tables
@@ -106,7 +116,7 @@ def plan_tiles(
     def tensor(x: Sequence[int] | np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
 
-    return AttentionPlan(tensor(num_queries), tensor(context_lens), tensor(tables), device, window)
+    return AttentionPlan(tensor(num_queries), tensor(context_lens), tensor(tables), device, window, exact)
 
 
 def _divide(
@@ -169,13 +179,6 @@ def _tile_batch(
         pair_start=tensor(block * KV_BLOCK),
         level_sizes=tuple(level_sizes),
     )
-
-
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write k, v [T, Hkv, D] into pages [pages, Hkv, page, D] at ``slots`` [T] = page id * page + offset."""
-    page, offset = slots // k_cache.shape[2], slots % k_cache.shape[2]
-    k_cache[page, :, offset] = k
-    v_cache[page, :, offset] = v
 
 
 def _blocks_of(cache: Tensor) -> Tensor:
@@ -253,13 +256,17 @@ def attend_blocks(
     plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
     lse: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Causal softmax attention of q [T, Hq, D] over KV pages [pages, Hkv, page, D], page a multiple of 32.
 
     Returns [T, Hq, D]. ``lse`` [T, Hq, 1] fp32, if given, receives the log-sum-exp of the scores as ``kind``
     makes them. ``plan`` must cover ``kind.window``.
-    Pages must hold finite values everywhere (0 * NaN is NaN): allocate them zeroed.
+    Pages must hold finite values everywhere (0 * NaN is NaN): allocate them zeroed. With ``scales`` they are
+    quantised, as :func:`store_kv` leaves them, and stand for the products of values and scales.
     """
+    if scales is not None:
+        k_cache, v_cache = dequantise(k_cache, scales[0], q.dtype), dequantise(v_cache, scales[1], q.dtype)
     kv_heads = k_cache.shape[1]
     out, scaled = torch.empty_like(q), q * score_scale(kind, q.shape[2])
     for tiles in plan:
@@ -285,10 +292,11 @@ def attend_paged(
     slots: Tensor,
     plan: AttentionPlan,
     kind: AttentionKind = CAUSAL,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Store this step's k, v [T, Hkv, D] in the pages, then attend. The engine's attention; no autograd."""
-    store_kv(k, v, k_cache, v_cache, slots)
-    return attend_blocks(q, k_cache, v_cache, plan, kind)
+    store_kv(k, v, k_cache, v_cache, slots, scales)
+    return attend_blocks(q, k_cache, v_cache, plan, kind, scales=scales)
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -101,7 +101,8 @@ def inspect(kernel: Any) -> Compiled:
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     numbers = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", usage))
-    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    pointers = {name: kind for name, kind in kernel.src.signature.items() if kind.startswith("*")}
+    constants = pointers | {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     return Compiled(
         kernel.metadata.name,
         ", ".join(f"{name}={value}" for name, value in constants.items()) + f", warps={kernel.metadata.num_warps}",
