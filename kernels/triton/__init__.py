@@ -6,5 +6,6 @@ anew because a batch is longer; there is no autotuning at run time: ``tiles.py``
 """
 
 from kernels.triton.norms import add_rms_norm, rms_norm
+from kernels.triton.sampling import philox_uniform, sample_tokens
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "philox_uniform", "rms_norm", "sample_tokens"]
