@@ -31,6 +31,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocated(*args: Any, **kwargs: Any) -> torch.Tensor:
             out = allocate(*args, **kwargs)
+            if out.dtype == torch.bool:
+                return out.fill_(True)
             return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
         return allocated

@@ -3,13 +3,15 @@
 As shipped (3.6 to 3.9) it does bf16 arithmetic on the bits as integers, truncates on the way to bf16, and lets fp8
 overflow: wrong numbers, and no error. Here every operation on a narrow float is done in fp32 and rounded to the
 nearest, ties to even; fp8 saturates, as the GPU's conversion instruction does. Loops over runtime bounds, which 3.6
-refuses under numpy 2.4, work.
+refuses under numpy 2.4, work. And a call of a device function doesn't patch the whole language once more, which took
+most of the time of kernels that have some.
 
 The environment must say TRITON_INTERPRET=1 before the first kernel is defined: ``tests/conftest.py`` sees to it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,8 +101,20 @@ class GpuBuilder(interpreter.InterpreterBuilder):
         return Handle(product + d.data, d.dtype.scalar)
 
 
+@functools.cache
+def _patch_once(fn: Any) -> None:
+    interpreter._patch_lang(fn)
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a device function; its kernel's launch has patched the language that both use."""
+    _patch_once(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
 def install() -> None:
     """Let the process's interpreter compute so."""
     interpreter.interpreter_builder.__class__ = GpuBuilder
+    interpreter.InterpretedFunction.__call__ = _call
     if not hasattr(tl.tensor, "__index__"):
         tl.tensor.__index__ = lambda self: int(self.handle.data.item())
