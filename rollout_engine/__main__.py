@@ -115,8 +115,9 @@ def _generate(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan(job, args.output, data_parallel=args.data_parallel))
         return 0
-    label = "generate" if sys.stdout.isatty() else None
-    summary = generate(job, args.output, data_parallel=args.data_parallel, overwrite=args.overwrite, progress=label)
+    summary = generate(
+        job, args.output, data_parallel=args.data_parallel, overwrite=args.overwrite, progress="generate"
+    )
     print(f"{args.output}: {summary}")
     return 3 if summary.failed else 0
 
