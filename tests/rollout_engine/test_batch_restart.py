@@ -359,6 +359,16 @@ def test_the_exit_status_tells_how_a_run_ended(
     assert "No space left" in capsys.readouterr().err
 
 
+def test_the_command_line_says_where_answers_may_stop(job: Job, tmp_path: Path) -> None:
+    """Not within three tokens; then at any token of the first half of the vocabulary."""
+    stop_ids = [str(token) for token in range(150)]
+    more = ["--limit", "4", "--token-ids", "--min-tokens", "3", "--stop-token-ids", *stop_ids]
+    assert main(words(job, tmp_path / "out.jsonl", *more)) == 0
+    answers = [json.loads(line)["token_ids"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert all(token >= 150 for ids in answers for token in (*ids[:3], *ids[:-1]))
+    assert any(ids[-1] < 150 for ids in answers)
+
+
 def test_dry_run_says_what_would_be_done_and_does_nothing(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
