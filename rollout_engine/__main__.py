@@ -52,12 +52,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("chat-template-args", json.loads, "JSON object for the template, such as '{\"enable_thinking\": false}'")
     add("num-samples", int, "answers per row (1)", 1)
     add("max-tokens", int, "longest answer (512)", 512)
+    add("min-tokens", int, "shortest answer (0)", 0)
     add("temperature", float, "0 is greedy (1)", 1.0)
     add("top-p", float, "keep the smallest set with this mass", 1.0)
     add("top-k", int, "keep the k likeliest tokens; 0 keeps all", 0)
     add("min-p", float, "keep tokens at least this fraction as likely as the likeliest", 0.0)
     add("seed", int, "of the sampling noise (0)", 0)
     add("stop", str, "string that ends an answer; may be given several times", [], action="append")
+    add("stop-token-ids", int, "tokens that end an answer, beside the model's own", [], nargs="+")
     parser.add_argument("--token-ids", action="store_true", help="write the answers' token ids")
     parser.add_argument("--logprobs", action="store_true", help="write the log-prob of every token")
     add("revision", str, "of a Hub model (main)", "main")
@@ -94,7 +96,9 @@ def _generate(args: argparse.Namespace) -> int:
             min_p=args.min_p,
             seed=args.seed,
             max_tokens=args.max_tokens,
+            min_tokens=args.min_tokens,
             stop=args.stop,
+            stop_token_ids=args.stop_token_ids,
         ),
         form=PromptForm(
             column=args.prompt_column,
@@ -115,8 +119,9 @@ def _generate(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan(job, args.output, data_parallel=args.data_parallel))
         return 0
-    label = "generate" if sys.stdout.isatty() else None
-    summary = generate(job, args.output, data_parallel=args.data_parallel, overwrite=args.overwrite, progress=label)
+    summary = generate(
+        job, args.output, data_parallel=args.data_parallel, overwrite=args.overwrite, progress="generate"
+    )
     print(f"{args.output}: {summary}")
     return 3 if summary.failed else 0
 

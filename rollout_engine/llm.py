@@ -119,7 +119,8 @@ class LLM:
         A prompt is text, a list of token ids, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or
         ``{"messages": [...]}`` (through the tokenizer's chat template). ``params`` is one for all or one each.
         ``sample_ids`` (n per prompt) names the samples for the noise, so that a caller gets the
-        same tokens whatever the batch; by default samples are numbered as they come. ``progress`` labels a bar.
+        same tokens whatever the batch; by default samples are numbered as they come. ``progress`` labels a
+        :class:`Progress`.
 
         Every prompt is checked before the first is run. Raises ValueError for bad input, StaleWeightsError
         between a weight update's start and its publication.

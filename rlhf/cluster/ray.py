@@ -205,11 +205,12 @@ def _place(bundles: list[dict[str, float]], wait_s: float) -> PlacementGroup:
             for name, amount in asked.items()
         )
         enough = all(total.get(name, 0.0) >= amount for name, amount in asked.items())
-        if time.monotonic() >= deadline + (REPORT_EVERY_S if enough else 0.0):
+        left = deadline + (REPORT_EVERY_S if enough else 0.0) - time.monotonic()
+        if left <= 0:
             remove_placement_group(group)
             raise PlacementError(
                 f"Ray can't place {len(bundles)} bundles of {bundles[0]}: {state}. "
                 "Lower cluster.ranks, a role's ranks or cluster.gpus, or join a larger cluster through RAY_ADDRESS"
             )
-        log.info("waiting for a place, %.0f s at most: %s", deadline - time.monotonic(), state)
+        log.info("waiting for a place, %.0f s at most: %s", left, state)
     return group

@@ -43,7 +43,8 @@ class Summary:
 def generate(
     job: Job, output: str | Path, *, data_parallel: int = 1, overwrite: bool = False, progress: str | None = None
 ) -> Summary:
-    """Answer a file's rows into ``output``, from where an earlier run was ended. ``progress`` labels a bar.
+    """Answer a file's rows into ``output``, from where an earlier run was ended. ``progress`` labels a
+    :class:`Progress`.
 
     Rows that fail go to the errors file and end nothing. Raises ValueError for settings that can't work or that aren't
     those of the run to continue, and what ended the run early (``WorkerDied``, FloatingPointError, OSError): started

@@ -1,4 +1,4 @@
-"""One rank of the two-rank tests: `python ranks_program.py FOLDER RANK WORLD_SIZE PORT`.
+"""One rank of the tests over ranks: `python ranks_program.py FOLDER RANK WORLD_SIZE PORT`.
 
 Reads ``jobs.pt`` (a list of dicts) from the folder, does each job with the other ranks, and leaves ``rank-R.pt``
 with what it saw. All jobs share a process, since importing DeepSpeed takes longer than the jobs.
@@ -16,11 +16,11 @@ import torch
 from rlhf.cluster.worker import Rendezvous, set_rendezvous, set_threads
 from rlhf.config import ModelSection, Rollout, Train
 from rlhf.division import divide_minibatch
-from rlhf.packing import forward_logprobs
+from rlhf.packing import forward_logprobs, pack
 from rlhf.roles import policy as policy_module
 from rlhf.roles.critic import Critic
 from rlhf.roles.policy import Policy
-from rlhf.types import Batch
+from rlhf.types import Batch, Completion, Prompt, Score, Trajectory
 from rollout_engine import SamplingParams
 from rollout_engine.models import checkpoint as checkpoint_module
 from rollout_engine.models.checkpoint import load_model
@@ -42,6 +42,26 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
     names = [name for name, _ in policy.model.decoder.named_parameters()]
     with policy.backend.gathered(names) as whole:
         return {name: p.clone() for name, p in whole.items()}
+
+
+Answers = list[tuple[int, list[Completion]]]  # (prompt's number, its answers)
+
+
+def answers(policy: Policy, prompts: list[Prompt], rank: int, ranks: int) -> Answers:
+    """To this rank's share of the prompts."""
+    mine = range(rank, len(prompts), ranks)
+    share = [prompts[i] for i in mine]
+    stream = policy.generate(share, SamplingParams(n=2, max_tokens=16), first_sample_id=0, groups=mine)
+    return [pair for finished in stream for pair in finished]
+
+
+def gap(policy: Policy, prompts: list[Prompt], answered: Answers) -> float:
+    """Largest difference between the sampler's log-probs and the trainer's."""
+    batch = pack(
+        [Trajectory.from_completion(prompts[i], c, i, Score(0.0)) for i, completions in answered for c in completions]
+    )
+    scored = policy.score(batch)
+    return (scored.column("old_logprobs") - batch.rollout_logprobs)[batch.loss_mask].abs().max().item()
 
 
 def run_critic(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, Any]:
@@ -85,14 +105,14 @@ def run(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, A
     if "gradients" in job:
         found["gradients"] = gradients(policy, share("gradients"), job["max_tokens"])
         found["share"] = policy.score(share("score"))
+    if "prompts" in job:
+        found["before"] = answers(policy, job["prompts"], rank, ranks)
     found["metrics"] = policy.update(share("update"))
     swap = policy.publish()
     found |= {"version": swap.version, "changed": swap.changed, "weights": weights(policy)}
     if "prompts" in job:
-        mine = range(rank, len(job["prompts"]), ranks)
-        prompts = [job["prompts"][i] for i in mine]
-        stream = policy.generate(prompts, SamplingParams(n=2, max_tokens=16), first_sample_id=0, groups=mine)
-        found["answers"] = [pair for finished in stream for pair in finished]
+        found["after"] = answers(policy, job["prompts"], rank, ranks)
+        found["gap"] = gap(policy, job["prompts"], found["after"])
     return found
 
 

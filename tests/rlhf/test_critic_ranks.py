@@ -74,7 +74,7 @@ def findings(
     """What two ranks made of it, by (stage, micro-batch size)."""
     common = {"checkpoint": scored_checkpoint, "algorithm": ALGORITHM, "lr": LR, "critic": batch}
     jobs = {(stage, size): {**common, "stage": stage, "max_tokens": size} for stage in STAGES for size in SPLITS}
-    return dict(zip(jobs, run_on_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values())), strict=True))
+    return dict(zip(jobs, run_on_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values()), 2), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_gradient_is_the_same_for_any_split(
     batch = rollout(policy)
     truth = true_gradients(odd_checkpoint, batch)
     for tokens in (100_000, 500, 60):
-        assert distance(deepspeed_gradients(policy, batch, tokens), truth) < 2e-6
+        assert distance(deepspeed_gradients(policy, batch, tokens), truth) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [1, 2])

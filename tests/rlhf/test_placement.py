@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from rlhf import algorithms
 from rlhf.cluster.placement import num_bundles, seats
 from rlhf.config import Config, load_config
 from rlhf.launch import prepare
@@ -116,3 +119,13 @@ def test_reward_models_are_placed_and_named_by_their_key() -> None:
 def test_the_plan_says_who_sits_where(tmp_path: Path, overrides: list[str], line: str) -> None:
     plan = str(prepare(ppo("rollout.prompts_per_step=12", *overrides), tmp_path / "run").plan)
     assert re.search(rf"^placement   {line}$", plan, re.MULTILINE)
+
+
+def test_the_plan_says_every_axis_of_the_algorithm(tmp_path: Path) -> None:
+    plan = prepare(load_config(CONFIG), tmp_path / "run").plan
+    for name in algorithms.names():
+        config = load_config(CONFIG, [f"algorithm.name={name}", "algorithm.clip_high=0.3"])
+        _, _, axes = str(replace(plan, config=config)).partition(f"algorithm   {name}: ")
+        printed = {key: yaml.safe_load(value) for key, _, value in (axis.partition("=") for axis in axes.split())}
+        assert {"name": name, **printed} == asdict(config.make_algorithm())  # type: ignore[call-overload]
+        assert printed["clip_high"] == 0.3

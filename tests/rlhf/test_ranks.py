@@ -1,4 +1,5 @@
-"""Two data-parallel ranks train as one: gradients, weights and metrics are those of float64 on the whole batch."""
+"""Any number of data-parallel ranks trains as one: gradients, weights and metrics are those of float64 on the whole
+batch; and samples as one: answers are those of a single engine."""
 
 from __future__ import annotations
 
@@ -22,12 +23,13 @@ from rlhf.cluster.worker import free_port
 from rlhf.division import balanced, divide_batch, divide_prompts
 from rlhf.packing import forward_logprobs, score_tokens
 from rlhf.types import Batch, Prompt
-from rollout_engine import SamplingParams
+from rollout_engine import LLM, SamplingParams
 from rollout_engine.models.checkpoint import load_model
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
 STAGES = (0, 1, 2, 3)
-SPLITS = (100_000, 60)
+Findings = dict[Any, list[dict[str, Any]]]  # by case, rank by rank
+SPLITS = (100_000, 200, 60)  # tokens per micro-batch: everything at once, some sequences, one or two
 LR = 1e-4  # Adam's first step turns a gradient of rounding noise into a whole step: at 1e-3 it is 6e-6 of the weights
 
 
@@ -51,7 +53,7 @@ def random_batch(checkpoint: Path, lengths: list[int]) -> Batch:
     return next(algorithm.minibatches(algorithm.advantages(batch), 24))
 
 
-def run_on_ranks(folder: Path, jobs: list[dict[str, Any]], ranks: int = 2) -> list[list[dict[str, Any]]]:
+def run_on_ranks(folder: Path, jobs: list[dict[str, Any]], ranks: int) -> list[list[dict[str, Any]]]:
     """Each job's findings, rank by rank."""
     torch.save(jobs, folder / "jobs.pt")
     port = free_port()
@@ -94,11 +96,15 @@ def prompts() -> list[Prompt]:
     return [Prompt(i, "", tuple(rng.randrange(1, 131) for _ in range(rng.randrange(1, 50)))) for i in range(5)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=(1, 2), ids=("one rank", "two ranks"))
 def findings(
-    tmp_path_factory: pytest.TempPathFactory, odd_checkpoint: Path, batches: dict[str, Batch], prompts: list[Prompt]
-) -> Iterator[dict[Any, list[dict[str, Any]]]]:
-    """What two ranks made of every (stage, micro-batch size, batch)."""
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    odd_checkpoint: Path,
+    batches: dict[str, Batch],
+    prompts: list[Prompt],
+) -> Iterator[Findings]:
+    """What the ranks made of every (stage, micro-batch size, batch)."""
     common = {"checkpoint": odd_checkpoint, "algorithm": GRPO(updates_per_rollout=2), "lr": LR}
     jobs: dict[Any, dict[str, Any]] = {}
     for stage in STAGES:
@@ -115,9 +121,15 @@ def findings(
                     "prompts": prompts,
                 }
         nan = batches["nan"].replace(old_logprobs=batches["nan"].rollout_logprobs)
-        jobs[stage, SPLITS[1], "nan"] = {**common, "stage": stage, "max_tokens": SPLITS[1], "update": nan}
+        jobs[stage, SPLITS[-1], "nan"] = {**common, "stage": stage, "max_tokens": SPLITS[-1], "update": nan}
     folder = tmp_path_factory.mktemp("ranks")
-    yield dict(zip(jobs, run_on_ranks(folder, list(jobs.values())), strict=True))
+    yield dict(zip(jobs, run_on_ranks(folder, list(jobs.values()), request.param), strict=True))
+
+
+@pytest.fixture(scope="module")
+def truths(odd_checkpoint: Path, batches: dict[str, Batch]) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients in float64, by batch."""
+    return {name: true_gradients(odd_checkpoint, batches[name]) for name in ("plenty", "one")}
 
 
 def true_weights(folder: Path, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -136,11 +148,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_two_ranks_make_the_gradient_and_the_weights_of_one(
-    findings: dict[Any, list[dict[str, Any]]], batches: dict[str, Batch], odd_checkpoint: Path, case: Any
+def test_ranks_make_the_gradient_and_the_weights_of_one(
+    findings: Findings, truths: dict[str, dict[str, torch.Tensor]], odd_checkpoint: Path, case: Any
 ) -> None:
-    """'one' is a single sequence: a rank without any runs along."""
-    truth = true_gradients(odd_checkpoint, batches[case[2]])
+    """'one' is a single sequence: a second rank, which has none, runs along."""
+    truth = truths[case[2]]
     for rank in findings[case]:
         assert distance(rank["gradients"], truth) < 1e-6
         assert distance(rank["weights"], true_weights(odd_checkpoint, truth)) < 1e-6
@@ -149,45 +161,65 @@ def test_two_ranks_make_the_gradient_and_the_weights_of_one(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_report_the_same_metrics_and_no_gap(
-    findings: dict[Any, list[dict[str, Any]]], batches: dict[str, Batch], odd_checkpoint: Path, case: Any
+    findings: Findings, truths: dict[str, dict[str, torch.Tensor]], case: Any
 ) -> None:
-    first, second = findings[case]
-    assert first["metrics"] == second["metrics"]
+    first, *others = findings[case]
+    assert all(other["metrics"] == first["metrics"] for other in others)
     assert first["metrics"]["rollout/logprob_gap_max"] == 0.0
-    truth = true_gradients(odd_checkpoint, batches[case[2]])
-    norm = math.sqrt(sum(g.square().sum().item() for g in truth.values()))
+    norm = math.sqrt(sum(g.square().sum().item() for g in truths[case[2]].values()))
     assert first["metrics"]["policy/grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_scores_come_back_in_order_and_bitwise(
-    findings: dict[Any, list[dict[str, Any]]], batches: dict[str, Batch], case: Any
-) -> None:
+def test_scores_come_back_in_order_and_bitwise(findings: Findings, batches: dict[str, Batch], case: Any) -> None:
     batch = batches[case[2]]
-    _, join = divide_batch(2, batch)
+    _, join = divide_batch(len(findings[case]), batch)
     joined = join([rank["share"] for rank in findings[case]])
     assert torch.equal(joined.tokens, batch.tokens)
     assert torch.equal(joined.column("old_logprobs"), batch.rollout_logprobs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_nan_on_one_rank_skips_the_step_on_all(
-    findings: dict[Any, list[dict[str, Any]]], odd_checkpoint: Path, stage: int
-) -> None:
+def test_a_nan_on_one_rank_skips_the_step_on_all(findings: Findings, odd_checkpoint: Path, stage: int) -> None:
     start = {name: p.detach() for name, p in load_model(odd_checkpoint, tokenizer=False).decoder.named_parameters()}
-    for rank in findings[stage, SPLITS[1], "nan"]:
+    for rank in findings[stage, SPLITS[-1], "nan"]:
         assert rank["metrics"]["policy/skipped_updates"] == 1 and not rank["changed"]
         assert all(torch.equal(p, start[name]) for name, p in rank["weights"].items())
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_answers_do_not_depend_on_the_ranks(
-    findings: dict[Any, list[dict[str, Any]]], prompts: list[Prompt], stage: int
+def alone(folder: Path, weights: dict[str, torch.Tensor], prompts: list[Prompt]) -> list[list[Any]]:
+    """What an engine without a trainer answers with these weights: tokens and log-probs of each sample."""
+    model = load_model(folder, tokenizer=False)
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            parameter.copy_(weights.get(name, parameter))
+    llm = LLM(model, seed=7, kv_cache_gib=0.02, max_num_seqs=3, prefix_caching=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts],
+        SamplingParams(n=2, max_tokens=16),
+        sample_ids=[[2 * i, 2 * i + 1] for i in range(len(prompts))],
+    )
+    return [[(a.sample_id, a.token_ids, a.policy_logprobs) for a in out.outputs] for out in outputs]
+
+
+@pytest.fixture(scope="module")
+def untrained(odd_checkpoint: Path, prompts: list[Prompt]) -> list[list[Any]]:
+    return alone(odd_checkpoint, {}, prompts)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_and_logprobs_are_those_of_one_engine_alone(
+    findings: Findings, odd_checkpoint: Path, prompts: list[Prompt], untrained: list[list[Any]], case: Any
 ) -> None:
-    """After the same update, the same tokens and log-probs as ZeRO 0 with other micro-batches drew; all five groups."""
-    both = dict(pair for rank in findings[stage, SPLITS[0], "one"] for pair in rank["answers"])
-    assert sorted(both) == list(range(5))
-    assert [[c.sample_id for c in both[g]] for g in range(5)] == [[2 * g, 2 * g + 1] for g in range(5)]
+    """Bit for bit, before the update and after it; and the trainer's forward gives the same log-probs."""
+
+    def found(moment: str) -> list[list[Any]]:
+        answers = dict(pair for rank in findings[case] for pair in rank[moment])
+        return [[(c.sample_id, c.token_ids, c.logprobs) for c in answers[i]] for i in range(len(prompts))]
+
+    assert found("before") == untrained
+    assert found("after") == alone(odd_checkpoint, findings[case][0]["weights"], prompts) != untrained
+    assert [rank["gap"] for rank in findings[case]] == [0.0] * len(findings[case])
 
 
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 9))

@@ -31,6 +31,7 @@ class FakePolicy:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.version = 0
+        self.yielded = 0
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, first_sample_id: int
@@ -48,18 +49,22 @@ class FakePolicy:
                 answers.append(
                     Completion(prompt, str(tokens), tokens, "stop", noise, versions, number, 0.9, log_kept_mass=kept)
                 )
+            self.yielded += 1
             yield [(group, answers)]
 
 
 class FakeReward:
     """Judges by a rule of (prompt, sample id); in the order of the groups, as the role does."""
 
-    def __init__(self, rule: Any) -> None:
+    def __init__(self, rule: Any, policy: FakePolicy) -> None:
         self.rule = rule
+        self.policy = policy
         self.submitted: list[tuple[int, Prompt, list[Completion]]] = []
+        self.yielded: list[int] = []  # by the policy, at each submit
 
     def submit(self, finished: Any) -> None:
         self.submitted += finished
+        self.yielded.append(self.policy.yielded)
 
     def collect(self, *, control: bool = False) -> list[Trajectory]:
         assert control
@@ -89,7 +94,8 @@ def configured(**algorithm: Any) -> Config:
 def made(rule: Any, **algorithm: Any) -> tuple[Rollouts, FakePolicy]:
     """Rollouts over the fakes."""
     config, policy = configured(**algorithm), FakePolicy()
-    rollouts = Rollouts(config, config.make_algorithm(), policy, FakeReward(rule), PROMPTS)  # type: ignore[arg-type]
+    reward: Any = FakeReward(rule, policy)
+    rollouts = Rollouts(config, config.make_algorithm(), policy, reward, PROMPTS)  # type: ignore[arg-type]
     return rollouts, policy
 
 
@@ -130,6 +136,13 @@ def test_without_dynamic_sampling_a_step_is_one_round_flat_or_not() -> None:
     (_, params, _), *_ = policy.calls
     assert (params.n, params.top_p, params.temperature, params.max_tokens) == (SAMPLES, 0.9, 1.0, MAX_TOKENS)
     assert sorted(policy.calls[0][0] + policy.calls[1][0] + policy.calls[2][0][:3]) == [p.index for p in PROMPTS]
+
+
+@pytest.mark.parametrize(("name", "answered"), [("grpo", 4), ("remax", 8)])
+def test_answers_are_judged_as_they_finish_and_not_when_all_have(name: str, answered: int) -> None:
+    rollouts, _ = made(uneven_when(lambda prompt, place: True), name=name, tis_clip=2.0)
+    rollouts.take(phase)
+    assert rollouts.reward.yielded == list(range(1, answered + 1))
 
 
 # ---------------------------------------------------------------- dynamic sampling

@@ -62,6 +62,15 @@ def gap(policy: Policy, batch: Batch) -> float:
     return (scored - batch.rollout_logprobs)[batch.loss_mask].abs().max().item()
 
 
+def test_the_first_answers_are_out_while_others_are_being_sampled(make_policy: Callable[..., Policy]) -> None:
+    """So that a reward can be at work meanwhile. Two prompts at a time fit the engine."""
+    policy = make_policy(max_num_seqs=2 * PARAMS.n)
+    stream = policy.generate(prompts(), PARAMS, first_sample_id=0)
+    first = next(stream)
+    assert 1 <= len(first) <= 2 and policy.llm.scheduler.has_work
+    assert len([*first, *itertools.chain.from_iterable(stream)]) == 8 and not policy.llm.scheduler.has_work
+
+
 ENGINES = {
     "roomy": {},
     "chunked": {"max_batch_tokens": 13},

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rollout_engine import SamplingParams
+from rollout_engine import LLM, SamplingParams
 from rollout_engine.__main__ import main
 from rollout_engine.batch import Job, PromptForm, Source, generate
-from rollout_engine.batch.output import Output
+from rollout_engine.batch.output import Output, Record
 from rollout_engine.batch.parallel import WorkerDied
+from rollout_engine.batch.rows import Row
 
 ROOT = Path(__file__).parents[2]
 SEEDED = {"n": 2, "max_tokens": 9, "seed": 3, "top_p": 0.9, "stop": ["e"]}
@@ -52,32 +57,63 @@ def whole(job: Job, folder: Path) -> Files:
 # ---------------------------------------------------------------- killed
 
 
-def kill_at(job: Job, output: Path, size: int, data_parallel: int = 1) -> None:
-    """Run in a process of its own, and kill -9 that once the two files together have ``size`` bytes."""
+def alive(pid: int) -> bool:
+    """There is such a process, and it isn't a dead one that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def kill_at(job: Job, output: Path, size: int, data_parallel: int = 1) -> int:
+    """Run in a process of its own, and kill -9 that once the two files together have ``size`` bytes.
+
+    Its children must end by themselves. How many there were.
+    """
     context = multiprocessing.get_context("fork")  # torch is loaded already
     process = context.Process(target=generate, args=(job, output), kwargs={"data_parallel": data_parallel})
     process.start()
+    assert process.pid is not None
     errors = output.with_suffix(".errors.jsonl")
     deadline = time.monotonic() + 60
     while process.is_alive() and time.monotonic() < deadline:
         if sum(file.stat().st_size for file in (output, errors) if file.exists()) >= size:
             break
         time.sleep(0.001)
+    children = children_of(process.pid)
     process.kill()
     process.join(20)
     assert process.exitcode in (0, -signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    try:
+        while any(map(alive, children)):
+            assert time.monotonic() < deadline, f"of {children}, {[*filter(alive, children)]} outlive their parent"
+            time.sleep(0.01)
+    finally:
+        for child in filter(alive, children):
+            os.kill(child, signal.SIGKILL)
+    return len(children)
 
 
-def kill_and_continue(job: Job, folder: Path, moments: int, rng: random.Random) -> None:
+def kill_and_continue(job: Job, folder: Path, moments: int, rng: random.Random, data_parallel: int = 1) -> None:
     expected = whole(job, folder)
     output = folder / "out.jsonl"
     sizes = sorted(rng.randrange(sum(map(len, expected))) for _ in range(moments))
     reached = []
     for size in sizes:
-        kill_at(job, output, size)
+        kill_at(job, output, size, data_parallel)
         reached.append(sum(map(len, files(output))))
     assert reached == sorted(reached) and reached[0] < sum(map(len, expected))
-    summary = generate(job, output)
+    summary = generate(job, output, data_parallel=data_parallel)
     assert summary.done_before + summary.rows == 30 and summary.failed == 4
     assert files(output) == expected
 
@@ -88,11 +124,41 @@ def test_killed_runs_go_on_to_the_same_bytes(sampling: dict[str, Any], job: Job,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", (SEEDED, GREEDY), ids=("seeded", "greedy"))
-def test_runs_killed_at_twenty_moments_go_on_to_the_same_bytes(
-    sampling: dict[str, Any], job: Job, tmp_path: Path
+@pytest.mark.parametrize(
+    ("sampling", "moments", "data_parallel"),
+    ((SEEDED, 20, 1), (GREEDY, 20, 1), (SEEDED, 6, 2), (GREEDY, 6, 2)),
+    ids=("seeded", "greedy", "seeded, two processes", "greedy, two processes"),
+)
+def test_runs_killed_at_random_moments_go_on_to_the_same_bytes(
+    sampling: dict[str, Any], moments: int, data_parallel: int, job: Job, tmp_path: Path
 ) -> None:
-    kill_and_continue(replace(job, params=SamplingParams(**sampling)), tmp_path, 20, random.Random())
+    seed = random.randrange(1 << 32)
+    print(f"moments of seed {seed}")
+    job = replace(job, params=SamplingParams(**sampling))
+    kill_and_continue(job, tmp_path, moments, random.Random(seed), data_parallel)
+
+
+@dataclass(frozen=True)
+class Stuck(Job):
+    """Each of its processes answers three rows, and then works on without ever writing again."""
+
+    def answer(self, llm: LLM, rows: Iterator[Row]) -> Iterator[Record]:
+        yield from super().answer(llm, itertools.islice(rows, 3))
+        time.sleep(600)
+
+
+def test_the_processes_of_a_killed_run_end_with_it_and_the_next_run_gives_the_same_bytes(
+    job: Job, tmp_path: Path
+) -> None:
+    expected = whole(job, tmp_path)
+    output = tmp_path / "out.jsonl"
+    stuck = Stuck(**{field.name: getattr(job, field.name) for field in fields(job)})
+    first_six = 5 * 2  # lines; the fifth row fails
+    size = len(b"".join(expected[0].splitlines(keepends=True)[:first_six]) + expected[1].splitlines(keepends=True)[0])
+    assert kill_at(stuck, output, size, data_parallel=2) >= 2
+    assert sum(map(len, files(output))) == size
+    assert generate(job, output).done_before == 6
+    assert files(output) == expected
 
 
 def test_files_torn_anywhere_are_read_up_to_the_last_whole_row(job: Job, tmp_path: Path) -> None:
@@ -291,6 +357,16 @@ def test_the_exit_status_tells_how_a_run_ended(
     monkeypatch.setattr(Output, "write", fail)
     assert main(words(job, tmp_path / "other.jsonl")) == 1
     assert "No space left" in capsys.readouterr().err
+
+
+def test_the_command_line_says_where_answers_may_stop(job: Job, tmp_path: Path) -> None:
+    """Not within three tokens; then at any token of the first half of the vocabulary."""
+    stop_ids = [str(token) for token in range(150)]
+    more = ["--limit", "4", "--token-ids", "--min-tokens", "3", "--stop-token-ids", *stop_ids]
+    assert main(words(job, tmp_path / "out.jsonl", *more)) == 0
+    answers = [json.loads(line)["token_ids"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert all(token >= 150 for ids in answers for token in (*ids[:3], *ids[:-1]))
+    assert any(ids[-1] < 150 for ids in answers)
 
 
 def test_dry_run_says_what_would_be_done_and_does_nothing(

@@ -169,6 +169,7 @@ def test_stop_tokens_and_eos(model: Model, make_llm: MakeLLM) -> None:
     for stopped in (
         answer(stop_token_ids=[130, token]),
         answer(eos=(token,)),
+        answer(eos=(130, token)),
         answer(eos=(token,), stop_token_ids=(token,), ignore_eos=True),
     ):
         assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kernels import philox_uniform, sample_tokens
+from kernels import cpu, philox_uniform, sample_tokens
 from rollout_engine import LLM, EngineStats, RequestOutput, SamplingParams
 from rollout_engine.models.checkpoint import Model
 
@@ -90,6 +90,17 @@ def test_logprobs_are_the_trainers(
     assert stats.preemptions > 0 or stats.recomputed == 0
     assert stats.free_pages == stats.total_pages
     llm.check_integrity()
+
+
+@pytest.mark.parametrize("name", ("plain", "tiny pool, chunked"))
+def test_logprobs_are_the_trainers_without_a_compiler(
+    name: str, model: Model, make_llm: MakeLLM, compare: Compare, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the C++ ops can't be built, all is computed in plain torch."""
+    asked: list[None] = []
+    monkeypatch.setattr(cpu, "extension", lambda: asked.append(None))
+    test_logprobs_are_the_trainers(name, 4, model, make_llm, compare, prompt)
+    assert asked
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from kernels import cpu
 from rollout_engine import LLM, SamplingParams
 from rollout_engine.models import families, family
 from rollout_engine.models.checkpoint import load_model, save_model
@@ -263,6 +264,14 @@ def test_logprobs_are_the_trainers(
     assert result.gap == 0.0
     assert llm.stats().preemptions > 0
     llm.check_integrity()
+
+
+def test_logprobs_are_the_trainers_without_a_compiler(
+    make_llm: Callable[..., LLM], compare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In plain torch too, with all that a family may add: windows, soft caps, GeGLU, norms behind the blocks."""
+    monkeypatch.setattr(cpu, "extension", lambda: None)
+    test_logprobs_are_the_trainers("gemma2", make_llm, compare, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
