@@ -6,6 +6,8 @@ anew because a batch is longer; there is no autotuning at run time: ``tiles.py``
 """
 
 from kernels.triton.kv_store import store_kv
+from kernels.triton.logits import logits
+from kernels.triton.logprobs import token_logprobs
 from kernels.triton.norms import add_rms_norm, rms_norm
 from kernels.triton.paged_attention import attend_blocks, attend_paged
 from kernels.triton.sampling import philox_uniform, sample_tokens
@@ -14,8 +16,10 @@ __all__ = [
     "add_rms_norm",
     "attend_blocks",
     "attend_paged",
+    "logits",
     "philox_uniform",
     "rms_norm",
     "sample_tokens",
     "store_kv",
+    "token_logprobs",
 ]
