@@ -5,6 +5,8 @@ that says why. Offsets into tensors are int64; lengths are never compile-time co
 anew because a batch is longer; there is no autotuning at run time: ``tiles.py`` says which tile is used for what.
 """
 
+from kernels.triton.activations import geglu, swiglu
 from kernels.triton.norms import add_rms_norm, rms_norm
+from kernels.triton.rope import rope
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "geglu", "rms_norm", "rope", "swiglu"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 
 INTERPRETED_MULTIPROCESSORS = 4
 
@@ -20,3 +21,8 @@ def multiprocessors(device: torch.device) -> int:
 def row_warps(block: int) -> int:
     """Warps of a program that holds one row of ``block`` elements: 16 bytes a thread and load, at most 16 warps."""
     return min(16, max(1, block // 256))
+
+
+def heads_per_program(heads: int, half: int) -> int:
+    """Heads of a token that a program turns, ``half`` pairs each: up to 1024 pairs, 16 bytes a thread and load."""
+    return min(triton.next_power_of_2(heads), max(1, 1024 // half))

@@ -75,6 +75,7 @@ class Compiled:
 
     kernel: str
     constants: str
+    dtype: str  # of what the first argument points to
     registers: int
     stack: int  # bytes a thread; more than 0 means spills, or an array that lives in memory
     spills: int  # stores to local memory
@@ -105,6 +106,7 @@ def inspect(kernel: Any) -> Compiled:
     return Compiled(
         kernel.metadata.name,
         ", ".join(f"{name}={value}" for name, value in constants.items()) + f", warps={kernel.metadata.num_warps}",
+        kernel.src.signature[kernel.src.fn.arg_names[0]].removeprefix("*"),
         int(numbers["REG"]),
         int(numbers["STACK"]),
         len(re.findall(r"\bSTL\b", code)),
