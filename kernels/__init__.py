@@ -36,6 +36,7 @@ __all__ = [
     "plan_tiles",
     "rms_norm",
     "rope",
+    "rope_store",
     "rope_tables",
     "sample_tokens",
     "store_kv",
@@ -53,6 +54,7 @@ packed_attention = dispatched(reference.packed_attention)
 philox_uniform = dispatched(reference.philox_uniform)
 rms_norm = dispatched(reference.rms_norm)
 rope = dispatched(reference.rope)
+rope_store = dispatched(reference.rope_store)
 sample_tokens = dispatched(reference.sample_tokens)
 store_kv = dispatched(reference.store_kv)
 swiglu = dispatched(reference.swiglu)

@@ -92,7 +92,15 @@ def test_no_file_is_a_drawer_and_top_level_is_fixed() -> None:
 
 def test_one_environment_variable_at_most_steers_the_code() -> None:
     """Configs steer runs. What is read from the environment belongs to others (W&B, Ray, torch)."""
-    known = {"PATH", "KERNELS", "TRITON_INTERPRET", "WANDB_API_KEY", "WANDB_MODE", "RAY_ADDRESS", "TORCH_EXTENSIONS_DIR"}
+    known = {
+        "PATH",
+        "KERNELS",
+        "TRITON_INTERPRET",
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "RAY_ADDRESS",
+        "TORCH_EXTENSIONS_DIR",
+    }
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):

@@ -29,6 +29,7 @@ __all__ = [
     "philox_uniform",
     "rms_norm",
     "rope",
+    "rope_store",
     "sample_tokens",
     "store_kv",
     "swiglu",
@@ -182,6 +183,20 @@ def store_kv(
         reference.store_kv(k, v, k_cache, v_cache, slots, scales)
     else:
         ops.store_kv(_heads(k), _heads(v), k_cache, v_cache, slots)
+
+
+def rope_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    store_kv(rope(k, cos, sin), v, k_cache, v_cache, slots)
+    return rope(q, cos, sin)
 
 
 def _scores(kind: AttentionKind, q: Tensor) -> tuple[float, int, float]:

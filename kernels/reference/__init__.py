@@ -24,7 +24,16 @@ from kernels.reference.attention import (
     packed_attention,
     plan_tiles,
 )
-from kernels.reference.dense import add_rms_norm, geglu, linear, rms_norm, rope, rope_tables, swiglu
+from kernels.reference.dense import (
+    add_rms_norm,
+    geglu,
+    linear,
+    rms_norm,
+    rope,
+    rope_store,
+    rope_tables,
+    swiglu,
+)
 from kernels.reference.kv_store import store_kv
 from kernels.reference.logprobs import distribution, logits, token_logprobs
 from kernels.reference.sampling import SampledTokens, philox_uniform, sample_tokens
@@ -47,6 +56,7 @@ __all__ = [
     "plan_tiles",
     "rms_norm",
     "rope",
+    "rope_store",
     "rope_tables",
     "sample_tokens",
     "store_kv",

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference.attention import store_kv
+
 ROW_MULTIPLE = 8  # fewer rows than this, or an odd rest, send BLAS down another summation path
 COLUMN_MULTIPLE = 4  # rows that don't start on 16 bytes do so too, where the output is narrow
 
@@ -115,6 +117,26 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [T, N, D], cos and sin [T, R/2] fp32 -> [T, N, D] in x's dtype. Elements from R on pass unturned.
     """
     return _Rope.apply(x, cos, sin)
+
+
+def rope_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Turn q and k, write k and v into their pages, and return q turned: :func:`rope` and :func:`store_kv` in one.
+
+    q [T, Hq, D], k and v [T, Hkv, D]; cos and sin as for :func:`rope`; pages [pages, Hkv, page, D] of q's dtype and
+    slots [T] as for :func:`store_kv`; one that several tokens share gets the k and v of any of them. The engine's; no
+    autograd.
+    """
+    store_kv(rope(k, cos, sin), v, k_cache, v_cache, slots)
+    return rope(q, cos, sin)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -5,21 +5,28 @@ that says why. Offsets into tensors are int64; lengths are never compile-time co
 anew because a batch is longer; there is no autotuning at run time: ``tiles.py`` says which tile is used for what.
 """
 
+from kernels.triton.activations import geglu, swiglu
 from kernels.triton.kv_store import store_kv
 from kernels.triton.logits import logits
 from kernels.triton.logprobs import token_logprobs
 from kernels.triton.norms import add_rms_norm, rms_norm
 from kernels.triton.paged_attention import attend_blocks, attend_paged
+from kernels.triton.rope import rope
+from kernels.triton.rope_store import rope_store
 from kernels.triton.sampling import philox_uniform, sample_tokens
 
 __all__ = [
     "add_rms_norm",
     "attend_blocks",
     "attend_paged",
+    "geglu",
     "logits",
     "philox_uniform",
     "rms_norm",
+    "rope",
+    "rope_store",
     "sample_tokens",
     "store_kv",
+    "swiglu",
     "token_logprobs",
 ]

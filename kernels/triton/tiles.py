@@ -24,6 +24,11 @@ def row_warps(block: int) -> int:
     return min(16, max(1, block // 256))
 
 
+def heads_per_program(heads: int, half: int) -> int:
+    """Heads of a token that a program turns, ``half`` pairs each: up to 1024 pairs, 16 bytes a thread and load."""
+    return min(triton.next_power_of_2(heads), max(1, 1024 // half))
+
+
 @dataclass(frozen=True)
 class AttentionTile:
     """A program's tile of attention."""

@@ -4,6 +4,8 @@
 configuration; ``PRODUCTS``, the tensor-core instruction that a kernel must use, by its name, or a function that says so
 from a configuration's types and constants (a kernel that isn't listed must use none, and so must one of fp32 numbers);
 and ``SPILLS``, the reasons why a kernel may spill.
+``launch_batch(tokens)`` calls the wrappers for a batch of that size, and ``VARIANTS`` says, by name, how many compiled
+kernels serve batches of all sizes, if not one.
 """
 
 from __future__ import annotations
@@ -22,20 +24,24 @@ from compile_only import SHARED_MEMORY
 
 HERE = Path(__file__).parent
 OPS = sorted(p.stem for p in (HERE / "shipped").glob("*.py"))
-NO_KERNELS = {"__init__", "attention_work", "tiles"}
+NO_KERNELS = {"__init__", "attention_work", "fixed_work", "inputs", "tiles"}
+
+
+def run_without_interpreter(program: str, op: str) -> Any:
+    """What a program beside this file prints of the op; a process of its own, since this one interprets kernels."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    done = subprocess.run(
+        [sys.executable, str(HERE / program), op], capture_output=True, text=True, timeout=900, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @functools.cache
 def report(op: str) -> dict[str, list[dict[str, Any]]]:
-    """What the compiler made of the op's kernels; a process of its own, since this one interprets them."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "compile_only.py"), op],
-        capture_output=True, text=True, timeout=900, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
+    """What the compiler made of the op's kernels."""
+    found: dict[str, list[dict[str, Any]]] = run_without_interpreter("compile_only.py", op)
     return found
 
 
@@ -61,3 +67,13 @@ def test_kernels_compile_for_sm_90_as_intended(op: str) -> None:
             assert made["shared"] <= SHARED_MEMORY, made
             if kernel not in shipped.SPILLS:
                 assert made["spills"] == 0 and made["stack"] == 0, made
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_is_compiled_anew_because_a_batch_is_longer(op: str) -> None:
+    shipped = importlib.import_module(f"shipped.{op}")
+    if not hasattr(shipped, "launch_batch"):
+        pytest.skip("it says nothing of batches")
+    allowed = getattr(shipped, "VARIANTS", {})
+    for kernel, count in run_without_interpreter("count_compilations.py", op).items():
+        assert 1 <= count <= allowed.get(kernel, 1), f"{kernel}: compiled {count} times for 50 batches"

@@ -11,7 +11,16 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kernels import add_rms_norm, geglu, linear, rms_norm, rope, rope_tables, swiglu
+from kernels import (
+    add_rms_norm,
+    geglu,
+    linear,
+    rms_norm,
+    rope,
+    rope_store,
+    rope_tables,
+    swiglu,
+)
 from kernels.reference.dense import llama3_inv_freq
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -205,6 +214,18 @@ def test_rope_tables_match_float64_at_short_positions() -> None:
     angle = positions.double()[:, None] * inv_freq.double()
     for mine, expected in zip(rope_tables(positions, inv_freq), (angle.cos(), angle.sin()), strict=True):
         assert gap(mine, expected) < FORWARD
+
+
+def test_rope_store_turns_q_and_k_and_writes_k_and_v_where_the_slots_say() -> None:
+    q, k, v = randn(3, 4, 20), randn(3, 2, 20, seed=1), randn(3, 2, 20, seed=2)
+    cos, sin = rope_tables(torch.tensor([0, 5, 9]), randn(10, seed=3))
+    k_cache, v_cache = (torch.full((2, 2, 32, 20), torch.nan) for _ in "kv")
+    out = rope_store(q, k, v, cos, sin, k_cache, v_cache, torch.tensor([63, 0, 33]))
+    assert torch.equal(out, rope(q, cos, sin))
+    for token, (page, offset) in enumerate([(1, 31), (0, 0), (1, 1)]):
+        assert torch.equal(k_cache[page, :, offset], rope(k, cos, sin)[token])
+        assert torch.equal(v_cache[page, :, offset], v[token])
+    assert k_cache.isfinite().sum() == v_cache.isfinite().sum() == 3 * 2 * 20
 
 
 # ---------------------------------------------------------------- SwiGLU far from zero

@@ -14,9 +14,7 @@ PRODUCTS = {"_dlogits_fused_kernel": "HGMMA"}
 SPILLS: dict[str, str] = {}
 
 
-def differentiate(
-    rows: int, width: int, softcap: float | None, dtype: torch.dtype, entropy: bool, fused: bool
-) -> None:
+def differentiate(rows: int, width: int, softcap: float | None, dtype: torch.dtype, entropy: bool, fused: bool) -> None:
     hidden, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(5008, width, dtype=dtype)
     targets, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     form = replace(form_of(weight), fused_backward=fused)
