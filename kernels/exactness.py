@@ -18,7 +18,7 @@ from kernels import (
     attend_paged,
     distribution,
     geglu,
-    linear,
+    invariant_linear,
     plan_tiles,
     rms_norm,
     rope,
@@ -37,6 +37,7 @@ def check_exact(
     num_kv_heads: int,
     head_dim: int,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
     biased_shapes: Iterable[tuple[int, int]] = (),
 ) -> None:
     """Compare rows computed alone and in company, for each (out, in) linear and the attention shape.
@@ -47,20 +48,20 @@ def check_exact(
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     for out_features, in_features in sorted(set(linear_shapes)):
         x, weight = random(ROW_COUNTS[-1], in_features), random(out_features, in_features)
-        whole = linear(x, weight)
+        whole = invariant_linear(x, weight)
         for rows in ROW_COUNTS[:-1]:
-            part = linear(x[-rows:].contiguous(), weight)
+            part = invariant_linear(x[-rows:].contiguous(), weight)
             _expect_equal(part, whole[-rows:], f"linear {in_features} -> {out_features}")
         _check_elementwise(x, whole)
     for out_features, in_features in sorted(set(biased_shapes)):
         x, weight, bias = random(ROW_COUNTS[-1], in_features), random(out_features, in_features), random(out_features)
-        whole = linear(x, weight, bias)
+        whole = invariant_linear(x, weight, bias)
         for rows in ROW_COUNTS[:-1]:
-            part = linear(x[-rows:].contiguous(), weight, bias)
+            part = invariant_linear(x[-rows:].contiguous(), weight, bias)
             _expect_equal(part, whole[-rows:], f"linear {in_features} -> {out_features} with a bias")
     _check_heads(random, num_heads, head_dim)
     for kind in ATTENTION_KINDS:
@@ -103,12 +104,12 @@ def _check_attention(
 
     def run(cuts: list[int], table: list[int]) -> Tensor:
         shape = (pages, num_kv_heads, 32, head_dim)
-        k_cache, v_cache = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        k_cache, v_cache = k.new_zeros(shape), v.new_zeros(shape)
         parts = []
         for begin, end in itertools.pairwise(cuts):
             at = positions[begin:end]
             slots = torch.tensor(table, device=device)[at // 32] * 32 + at % 32
-            plan = plan_tiles([end - begin], [end], [table], device, kind.window)
+            plan = plan_tiles([end - begin], [end], [table], device, kind.window, exact=True)
             parts.append(attend_paged(q[begin:end], k[begin:end], v[begin:end], k_cache, v_cache, slots, plan, kind))
         return torch.cat(parts)
 

@@ -144,7 +144,9 @@ def _inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, tuple[Tensor, Packe
 def _rows_of(model: nn.Module, shared: SharedPrefixes, index: Tensor) -> tuple[Tensor, PackedAttention, Tensor]:
     """What a model reads, and the rows of the tokens ``index`` [R]; on the model's device."""
     device = next(model.parameters()).device
-    ctx = PackedAttention.from_lengths(shared.lengths, device, num_own=shared.num_own, source=shared.source)
+    ctx = PackedAttention.from_lengths(
+        shared.lengths, device, num_own=shared.num_own, source=shared.source, exact=bool(model.exact)
+    )
     return shared.tokens.to(device), ctx, shared.row_of[index].to(device)
 
 

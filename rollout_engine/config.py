@@ -15,8 +15,9 @@ class EngineConfig:
     kv_cache_gib: memory for KV pages, GiB. page_size: tokens per page, a multiple of 32.
     max_num_seqs: answers in flight at once. max_batch_tokens: tokens forwarded per step, at most.
     prefix_caching: share the pages of equal prompt prefixes.
-    numerics: "exact" refuses to start where results depend on the batch; "fast" doesn't ask; "auto" is exact for
-        float32 on a CPU and fast elsewhere.
+    numerics: "exact" makes results independent of the batch, at a price on a GPU, and refuses to start where they
+        aren't; "fast" doesn't ask; "auto" is exact for float32 on a CPU and fast elsewhere.
+    cuda_graphs: on a GPU, record decode steps and replay them.
     seed: of the sampling noise.
     """
 
@@ -26,6 +27,7 @@ class EngineConfig:
     max_batch_tokens: int = 4096
     prefix_caching: bool = True
     numerics: str = "auto"
+    cuda_graphs: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -13,7 +13,8 @@ GIB = 1 << 30
 class KVCache:
     """Keys and values of all layers, [layers, pages, kv_heads, page_size, head_dim], zeroed.
 
-    Zeroed because attention multiplies unwritten slots by a probability of 0, and 0 * NaN is NaN.
+    Zeroed because attention multiplies unwritten slots by a probability of 0, and 0 * NaN is NaN. One page more than
+    ``num_pages`` is there, ``spare_page``: no sequence's, but of rows that only fill a batch.
 
     Raises ValueError when ``gib`` does not hold one page.
     """
@@ -27,7 +28,8 @@ class KVCache:
             raise ValueError(
                 f"kv_cache_gib={gib} holds no page; one page of {page_size} tokens takes {page_bytes / GIB:.4f} GiB"
             )
-        shape = (config.num_layers, self.num_pages, config.num_kv_heads, page_size, config.head_dim)
+        self.spare_page = self.num_pages
+        shape = (config.num_layers, self.num_pages + 1, config.num_kv_heads, page_size, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kernels.device import default_device
+from kernels.dispatch import uses_triton
 from kernels.exactness import check_exact
 from rollout_engine import chat, streaming
 from rollout_engine.admission import Admission, Prompt
@@ -74,9 +75,11 @@ class LLM:
         decoder = model.decoder
         weight = decoder.norm.weight
         on_cpu_in_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        triton = uses_triton(weight.device)
         if self.config.numerics == "exact" or (self.config.numerics == "auto" and on_cpu_in_fp32):
-            if weight.dtype != torch.float32:
+            if weight.dtype != torch.float32 and not triton:
                 raise ValueError(f"numerics='exact' holds for float32 weights, not {weight.dtype}; set numerics='fast'")
+            decoder.use_exact()
             sizes = decoder.config
             check_exact(
                 sizes.linear_shapes(),
@@ -84,6 +87,7 @@ class LLM:
                 num_kv_heads=sizes.num_kv_heads,
                 head_dim=sizes.head_dim,
                 device=weight.device,
+                dtype=weight.dtype,
                 biased_shapes=sizes.biased_shapes(),
             )
         memory = (self.config.kv_cache_gib, self.config.page_size)
@@ -96,7 +100,12 @@ class LLM:
             prefix_caching=self.config.prefix_caching,
             stats=self.counters,
         )
-        self.runner = Runner(decoder, self.kv_cache)
+        self.graphs = None
+        if triton and weight.is_cuda and self.config.cuda_graphs:
+            from rollout_engine.decode_graphs import CudaRecorder, DecodeGraphs
+
+            self.graphs = DecodeGraphs(decoder, self.kv_cache, CudaRecorder())
+        self.runner = Runner(decoder, self.kv_cache, self.graphs)
         self._admission = Admission(model, self.config, self.kv_cache.num_pages)
         self._detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
         self._sample_ids = itertools.count()
@@ -326,6 +335,8 @@ class LLM:
             raise ValueError(f"weight version {version} does not follow {self.scheduler.version}; versions only grow")
         self.scheduler.preempt_all()
         self.scheduler.version = version
+        if self.graphs:
+            self.graphs.check()
         self._stale = None
 
     def _check_fresh(self) -> None:
@@ -333,6 +344,11 @@ class LLM:
             raise StaleWeightsError(f"{self._stale}; publish the new weights before generating")
 
     # ------------------------------------------------------------------ looking inside
+
+    @property
+    def exact(self) -> bool:
+        """Whether a token's bits are the same in any batch."""
+        return self.model.decoder.exact
 
     @property
     def weight_version(self) -> int:

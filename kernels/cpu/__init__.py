@@ -23,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "attend_blocks",
     "attend_paged",
+    "invariant_linear",
     "linear",
     "logits",
     "packed_attention",
@@ -79,6 +80,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _needs_grad(x, weight, *(() if bias is None else (bias,)))
         else ops.linear(x, weight, bias)
     )
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias)
 
 
 class _RMSNorm(torch.autograd.Function):

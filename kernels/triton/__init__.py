@@ -9,6 +9,7 @@ from kernels.triton.activations import geglu, swiglu
 from kernels.triton.kv_store import store_kv
 from kernels.triton.logits import logits
 from kernels.triton.logprobs import token_logprobs
+from kernels.triton.matmul import invariant_linear
 from kernels.triton.norms import add_rms_norm, rms_norm
 from kernels.triton.paged_attention import attend_blocks, attend_paged
 from kernels.triton.rope import rope
@@ -20,6 +21,7 @@ __all__ = [
     "attend_blocks",
     "attend_paged",
     "geglu",
+    "invariant_linear",
     "logits",
     "philox_uniform",
     "rms_norm",

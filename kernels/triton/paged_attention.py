@@ -254,7 +254,7 @@ def attend_blocks(
         return reference.attend_blocks(q, k_cache, v_cache, plan, kind, lse, scales)
     if lse is not None and (lse.shape != (*q.shape[:2], 1) or lse.dtype != torch.float32 or not lse.is_contiguous()):
         raise ValueError(f"attend_blocks: lse is {lse.dtype} {list(lse.shape)}; contiguous float32 [tokens, heads, 1]")
-    work = _work(plan, group, kind.window, table_block(k_cache.shape[2]), shapes, q.device)
+    work = work_of(plan, group, kind.window, table_block(k_cache.shape[2]), shapes, q.device)
     if work.num_tokens != len(q):
         raise ValueError(f"attend_blocks: q has {len(q)} tokens; the plan's sequences bring {work.num_tokens}")
     if plan.exact and lse is None:  # trainer and engine run one and the same compiled kernel
@@ -263,7 +263,7 @@ def attend_blocks(
     return _launch(heads_together(q), k_cache, v_cache, kind, lse, scales, work, by_rows, plan.exact)
 
 
-def _work(
+def work_of(
     plan: AttentionPlan,
     group: int,
     window: int | None,

@@ -5,6 +5,9 @@ is a request of its own (``n=1``), since that is how both engines give each its 
 their full pages. transformers runs at the best of the given page sizes and thread counts, each tried once; then
 everybody takes turns, ``--repeats`` times, and medians are compared. Only useful tokens count: up to a sample's length.
 Continuous against static batching is also measured on lengths with a longer tail.
+
+``--shape nano`` instead serves a model of Qwen3-0.6B's shape on this machine's device, by itself: tokens/s, and
+their share of what reading weights and KV allows.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads OpenMP
 import torch
 import transformers
 
-from rollout_engine.bench import ours, theirs
-from rollout_engine.bench.load import SIZES, Load, random_model, threads
+from kernels.device import default_device
+from rollout_engine.bench import ours, serving, theirs
+from rollout_engine.bench.load import Load, random_model, threads
 from rollout_engine.models.checkpoint import Model, save_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rollout_engine.bench", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=sorted(SIZES), default=["3M", "25M"])
+    parser.add_argument("--models", nargs="+", choices=("tiny", "3M", "25M"), default=["3M", "25M"])
     parser.add_argument("--repeats", type=int, default=5, help="turns of each engine; medians are reported")
     parser.add_argument(
         "--threads", nargs="+", type=int, default=[1, 2], help="counts to try; each engine keeps its best"
@@ -42,7 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mean", type=int, default=70, help="answer length before the cap, tokens")
     parser.add_argument("--cap", type=int, default=256, help="longest answer, tokens")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    parser.add_argument("--shape", choices=sorted(serving.SHAPES), help="serve this one shape instead, on a GPU if any")
+    parser.add_argument("--requests", type=int, default=256, help="of --shape")
+    parser.add_argument("--kv-cache-gib", type=float, default=40, help="of --shape")
     args = parser.parse_args(argv)
+    if args.shape:
+        device = default_device()
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        found = serving.serve(
+            args.shape, requests=args.requests, kv_cache_gib=args.kv_cache_gib, dtype=dtype, device=device
+        )
+        print(serving.table(found))
+        if args.json:
+            write(args.json, json.dumps(found, indent=1))
+        return 0
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     report: dict[str, Any] = {

@@ -19,6 +19,7 @@ SIZES = {  # name: hidden, layers, query heads, KV heads, head dim, MLP width, v
     "tiny": (64, 2, 4, 2, 16, 96, 256),
     "3M": (256, 4, 8, 4, 32, 768, 4096),
     "25M": (512, 8, 8, 4, 64, 1536, 4096),
+    "0.6B": (1024, 28, 16, 8, 128, 3072, 151936),
 }
 
 
@@ -67,8 +68,8 @@ class Load:
         return max(map(max, self.lengths))
 
 
-def random_model(size: str) -> Model:
-    """A ``qwen3`` model of one of ``SIZES`` with random weights, fp32, tied embeddings, no tokenizer."""
+def random_model(size: str, *, dtype: str = "float32", device: torch.device | str = "cpu") -> Model:
+    """A ``qwen3`` model of one of ``SIZES`` with random weights, tied embeddings, no tokenizer."""
     hidden, layers, heads, kv_heads, head_dim, mlp, vocab = SIZES[size]
     config = Qwen3Config(
         vocab_size=vocab,
@@ -79,10 +80,11 @@ def random_model(size: str) -> Model:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         tie_word_embeddings=True,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
     )
     decoder = Decoder(qwen3.decoder_config(config), vocab)
     decoder.init_weights(0)
+    decoder.to(device, getattr(torch, dtype))
     return Model(decoder, config, None, ())
 
 

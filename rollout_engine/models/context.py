@@ -41,14 +41,16 @@ class TilePlans:
         context_lens: Sequence[int] | np.ndarray,
         block_tables: np.ndarray,
         device: torch.device | str,
+        exact: bool = False,
     ) -> None:
         self._batch = (num_queries, context_lens, block_tables, device)
-        self._plans: dict[int | None, AttentionPlan] = {}
+        self._exact = exact
+        self.made: dict[int | None, AttentionPlan] = {}
 
     def __getitem__(self, window: int | None) -> AttentionPlan:
-        if window not in self._plans:
-            self._plans[window] = plan_tiles(*self._batch, window=window)
-        return self._plans[window]
+        if window not in self.made:
+            self.made[window] = plan_tiles(*self._batch, window=window, exact=self._exact)
+        return self.made[window]
 
 
 def _torch_attends(device: torch.device | str) -> bool:
@@ -79,16 +81,18 @@ class PackedAttention:
         fused: bool | None = None,
         num_own: Sequence[int] | None = None,
         source: np.ndarray | None = None,
+        exact: bool = False,
     ) -> PackedAttention:
         """For sequences of these lengths. Sequence i brings its last ``num_own[i]`` tokens (at least one; all, by
-        default); ``source`` [K] then says in which row each token of each whole sequence is found."""
+        default); ``source`` [K] then says in which row each token of each whole sequence is found. ``exact``: the
+        bits are those that an exact engine computes, on a GPU too."""
         lens = np.asarray(lengths, dtype=np.int64)
         own = lens if num_own is None else np.asarray(num_own, dtype=np.int64)
         blocks = -(-lens // KV_BLOCK)
         first = np.cumsum(blocks) - blocks
         rows, offsets = _rows_and_positions(lens, lens)
         tables = first[:, None] + np.arange(int(blocks.max()))
-        plans = TilePlans(own, lens, tables, device)
+        plans = TilePlans(own, lens, tables, device, exact)
         use_fused = _torch_attends(device) if fused is None else fused
 
         def tensor(x: np.ndarray) -> Tensor:
@@ -132,6 +136,7 @@ class PagedAttention:
         k_cache: Tensor,
         v_cache: Tensor,
         fused: bool | None = None,
+        exact: bool = False,
     ) -> PagedAttention:
         """For the last ``lengths[i]`` of the ``ends[i]`` tokens of sequence i, on pages ``tables[i]``; all int64."""
         device, size = k_cache.device, k_cache.shape[3]
@@ -142,7 +147,7 @@ class PagedAttention:
         rows, positions = _rows_and_positions(lengths, ends)
         per_page = size // KV_BLOCK
         blocks = (tables[:, :, None] * per_page + np.arange(per_page)).reshape(len(tables), -1)
-        plans = TilePlans(lengths, ends, blocks, device)
+        plans = TilePlans(lengths, ends, blocks, device, exact)
         spans, context_slots = None, None
         if _torch_attends(device) if fused is None else fused:
             spans = (Spans.of(lengths, device), Spans.of(ends, device))

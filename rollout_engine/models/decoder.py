@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import add_rms_norm, geglu, linear, logits, rms_norm, rope, swiglu, token_logprobs
+from kernels import add_rms_norm, geglu, invariant_linear, linear, logits, rms_norm, rope, swiglu, token_logprobs
 from rollout_engine.models.config import DecoderConfig
 from rollout_engine.models.context import AttentionContext
 from rollout_engine.models.rope import cos_sin
@@ -19,15 +19,17 @@ GATED = {"silu": swiglu, "gelu_tanh": geglu}
 
 
 class Linear(nn.Module):
-    """``kernels.linear`` with its parameters. Weight [out, in]."""
+    """``kernels.linear`` with its parameters. Weight [out, in]. With ``exact`` a row's bits don't depend on the others'
+    on a GPU either."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
+        self.exact = False
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return (invariant_linear if self.exact else linear)(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -142,6 +144,15 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.gradient_checkpointing = False  # recompute each layer in the backward instead of keeping its activations
+        self.exact = False
+
+    def use_exact(self) -> None:
+        """From now on a token's bits depend neither on the batch nor on who computes them, on a GPU too, where that
+        costs speed. The attention context must be exact as well."""
+        self.exact = True
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.exact = True
 
     def hidden(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
         """token_ids [T] -> final-normed hidden states [T, H]; row t predicts the token after t."""
@@ -149,7 +160,8 @@ class Backbone(nn.Module):
         tables = {kind: cos_sin(ctx.positions, kind) for kind in kinds}
         residual = self.embed_tokens(token_ids)
         if self.config.embedding_scale is not None:
-            residual = residual * residual.new_tensor(self.config.embedding_scale)  # in its dtype, as transformers does
+            # Rounded to its dtype, as transformers does, and on the host: a CUDA graph can't record a copy from there.
+            residual = residual * torch.tensor(self.config.embedding_scale, dtype=residual.dtype).item()
         x = torch.zeros_like(residual)
         for layer, config in zip(self.layers, self.config.layers, strict=True):
             inputs = (x, residual, *tables[config.rope], ctx)

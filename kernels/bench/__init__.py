@@ -1,0 +1,1 @@
+"""``python -m kernels.bench``: each op's error against float64, its speed beside the best library and the machine."""

@@ -1,0 +1,85 @@
+"""One model of a real size under a mixed load: tokens/s, and how near that is to reading weights and KV once a step."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+
+from rollout_engine.bench.load import random_model
+from rollout_engine.llm import LLM
+from rollout_engine.types import SamplingParams
+
+PROMPT = ANSWER = (100, 1024)  # tokens, uniform
+SHAPES = {"nano": "0.6B"}  # the shape of Qwen3-0.6B
+WARM_UP = 4  # requests that aren't counted
+
+
+def serve(
+    shape: str, *, requests: int, kv_cache_gib: float, dtype: str, device: torch.device, seed: int = 0
+) -> dict[str, Any]:
+    """Answer ``requests`` random prompts of 100 to 1024 tokens with 100 to 1024 tokens each, all at once.
+
+    ``of_bandwidth``: the time that reading all weights once a step and every context's KV once a token takes at this
+    device's measured copy bandwidth, as a share of the time taken. Prompts' own products aren't in it.
+    """
+    model = random_model(SHAPES[shape], dtype=dtype, device=device)
+    llm = LLM(model, kv_cache_gib=kv_cache_gib, max_num_seqs=requests, max_batch_tokens=8192, seed=seed)
+    rng = random.Random(seed)
+    vocabulary = model.decoder.config.vocab_size
+
+    def load(count: int) -> list[tuple[list[int], int]]:
+        return [
+            ([rng.randrange(1, vocabulary) for _ in range(rng.randint(*PROMPT))], rng.randint(*ANSWER))
+            for _ in range(count)
+        ]
+
+    def answer(work: list[tuple[list[int], int]]) -> float:
+        params = [SamplingParams(max_tokens=length, ignore_eos=True) for _, length in work]
+        started = time.perf_counter()
+        llm.generate([{"prompt_token_ids": ids} for ids, _ in work], params)
+        return time.perf_counter() - started
+
+    answer(load(min(WARM_UP, requests)))
+    work = load(requests)
+    steps = llm.counters.steps
+    seconds = answer(work)
+    steps = llm.counters.steps - steps
+    config = model.decoder.config
+    width = getattr(torch, dtype).itemsize
+    weights = sum(p.numel() for p in model.decoder.parameters()) * width
+    read = sum(config.kv_bytes_per_token(width) * n * (len(ids) + (n + 1) / 2) for ids, n in work)
+    tokens = sum(n for _, n in work)
+    return {
+        "shape": shape,
+        "requests": requests,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "steps": steps,
+        "bytes": steps * weights + read,
+        "of_bandwidth": (steps * weights + read) / copy_bandwidth(device) / seconds,
+    }
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written counted; best of five."""
+    source = torch.ones(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()  # waits
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.numel() / best
+
+
+def table(found: dict[str, Any]) -> str:
+    return (
+        f"{found['shape']}: {found['requests']} requests, {found['tokens']} tokens in {found['seconds']:.1f} s and "
+        f"{found['steps']} steps: {found['tokens_per_s']:.0f} tokens/s, "
+        f"{found['of_bandwidth']:.0%} of the bandwidth limit"
+    )

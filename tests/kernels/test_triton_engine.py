@@ -1,0 +1,153 @@
+"""Engine and trainer on the Triton kernels, in the interpreter or on a GPU, against the same model on plain torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+
+from kernels import dispatch
+from rollout_engine import LLM, RequestOutput, SamplingParams
+from rollout_engine.decode_graphs import DecodeGraphs
+from rollout_engine.models import qwen3
+from rollout_engine.models.checkpoint import Model
+from rollout_engine.models.context import PackedAttention
+from rollout_engine.models.decoder import Decoder
+
+VOCAB = 67
+PROMPTS = [[5, 6, 7], list(range(1, 41)), [*range(1, 34), 9], [3]]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """``use("triton")``: from now on ops go there, as by ``KERNELS``."""
+
+    def forget() -> None:
+        dispatch.forced.cache_clear()
+        dispatch.implementation.cache_clear()
+
+    def choose(kernels: str) -> None:
+        monkeypatch.setenv("KERNELS", kernels)
+        forget()
+
+    yield choose
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def model(device: torch.device) -> Model:
+    hf = Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, max_position_embeddings=128,
+    )  # fmt: skip
+    decoder = Decoder(qwen3.decoder_config(hf), VOCAB)
+    decoder.init_weights(0, std=0.1)
+    return Model(decoder.to(device), hf, None, (0,))
+
+
+def answers(model: Model, graphs: bool = False, **settings: object) -> list[RequestOutput]:
+    llm = LLM(
+        model, **{"kv_cache_gib": 0.002, "max_num_seqs": 16, "numerics": "fast", "cuda_graphs": False, **settings}
+    )
+    if graphs:
+        llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, record_nothing)
+    params = SamplingParams(n=2, max_tokens=8, temperature=0.9, seed=3)
+    outs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)
+    llm.check_integrity()
+    return outs
+
+
+def record_nothing(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Stands for a CUDA graph: the launches are those of ``run``, made again on the same memory."""
+    out = run().clone()
+
+    def replay() -> None:
+        out.copy_(run())
+
+    return replay, out
+
+
+def samples(outs: list[RequestOutput]) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    return [(a.token_ids, a.policy_logprobs) for out in outs for a in out.outputs]
+
+
+def trained_logprobs(model: Model, outs: list[RequestOutput], exact: bool, grad: bool = False) -> Tensor:
+    """The trainer's packed forward over all answers."""
+    sequences = [[*out.prompt_token_ids, *answer.token_ids] for out in outs for answer in out.outputs]
+    device = model.decoder.norm.weight.device
+    starts = [0, *itertools.accumulate(map(len, sequences))]
+    own = [len(out.prompt_token_ids) for out in outs for _ in out.outputs]
+    rows = [at + i - 1 for at, seq, n in zip(starts, sequences, own, strict=False) for i in range(n, len(seq))]
+    tokens = torch.tensor(list(itertools.chain(*sequences)), device=device)
+    ctx = PackedAttention.from_lengths([len(s) for s in sequences], device, exact=exact)
+    index = torch.tensor(rows, device=device)
+    with torch.set_grad_enabled(grad):
+        return model.decoder(tokens, ctx, index, tokens[index + 1], torch.full((len(rows),), 0.9, device=device))[0]
+
+
+def test_tokens_and_logprobs_are_those_of_plain_torch(model: Model, use: Callable[[str], None]) -> None:
+    use("torch")
+    plain = answers(model)
+    use("triton")
+    found = answers(model)
+    # Noise of 1e-6 moves no token here unless a uniform lies that near a step: none of these does.
+    for (tokens, logprobs), (wanted, truth) in zip(samples(found), samples(plain), strict=True):
+        assert tokens == wanted
+        assert logprobs == pytest.approx(truth, abs=1e-5)
+
+
+def test_losses_and_gradients_are_those_of_plain_torch(model: Model, use: Callable[[str], None]) -> None:
+    use("torch")
+    outs = answers(model)
+    found = {}
+    for kernels in ("torch", "triton"):
+        use(kernels)
+        model.decoder.zero_grad()
+        loss = -trained_logprobs(model, outs, exact=False, grad=True).mean()
+        loss.backward()
+        found[kernels] = [loss.detach(), *(p.grad.clone() for p in model.decoder.parameters() if p.grad is not None)]
+    assert len(found["torch"]) > 10
+    for plain, ours in zip(found["torch"], found["triton"], strict=True):
+        assert (plain - ours).abs().max() <= 1e-5 * max(1.0, plain.abs().max().item())
+
+
+def test_exact_engine_and_trainer_agree_bitwise(model: Model, use: Callable[[str], None]) -> None:
+    """By kernels of one configuration: prompts in pieces, decoded, cached and packed."""
+    use("triton")
+    outs = answers(model, numerics="exact", max_batch_tokens=24)
+    reported = torch.tensor([value for _, logprobs in samples(outs) for value in logprobs])
+    assert torch.equal(reported, trained_logprobs(model, outs, exact=True).cpu())
+
+
+def test_recorded_decode_steps_change_nothing(model: Model, use: Callable[[str], None]) -> None:
+    """Padded batches and padded work lists, filled anew for every step."""
+    use("triton")
+    assert samples(answers(model, graphs=True)) == samples(answers(model))
+
+
+def test_a_recording_is_forgotten_when_a_weight_moves(model: Model, use: Callable[[str], None]) -> None:
+    use("triton")
+    llm = LLM(model, kv_cache_gib=0.002, max_num_seqs=16, numerics="fast", cuda_graphs=False)
+    graphs = llm.graphs = llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, record_nothing)
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+
+    def generate() -> tuple[int, ...]:
+        return llm.generate({"prompt_token_ids": PROMPTS[1]}, params)[0].outputs[0].token_ids
+
+    before = generate()
+    generate()
+    assert graphs._recordings
+    with torch.no_grad():
+        model.decoder.norm.weight.mul_(1.0)  # in place: recordings stay
+    llm.publish(1)
+    assert graphs._recordings
+    norm = model.decoder.norm
+    norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
+    llm.publish(2)
+    assert not graphs._recordings
+    assert generate() == before
