@@ -28,12 +28,14 @@ from kernels.reference.attention import (
 from kernels.reference.dense import add_rms_norm, geglu, linear, rms_norm, rope, rope_tables, swiglu
 from kernels.reference.logprobs import distribution, logits, token_logprobs
 from kernels.reference.sampling import SampledTokens, philox_uniform, sample_tokens
+from kernels.reference.spans import Spans
 
 __all__ = [
     "KV_BLOCK",
     "AttentionKind",
     "AttentionPlan",
     "SampledTokens",
+    "Spans",
     "TileBatch",
     "add_rms_norm",
     "attend_blocks",

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.reference.spans import Spans
+
 KV_BLOCK = 32
 PREFILL_TILE = 16  # query tokens a tile when a sequence brings more than one
 MAX_PAIRS = 4096  # (tile, block) pairs held at a time: bounds the scratch memory of a call
@@ -77,6 +79,16 @@ class AttentionPlan:
     @cached_property
     def tiles(self) -> tuple[TileBatch, ...]:
         return _divide(self.queries.numpy(), self.contexts.numpy(), self.tables.numpy(), self.device, self.window)
+
+    @cached_property
+    def query_spans(self) -> Spans:
+        """The packed queries, sequence by sequence."""
+        return Spans(self.queries.numpy(), self.device)
+
+    @cached_property
+    def context_spans(self) -> Spans:
+        """The contexts, were all their tokens packed."""
+        return Spans(self.contexts.numpy(), self.device)
 
     def __iter__(self) -> Iterator[TileBatch]:
         return iter(self.tiles)
