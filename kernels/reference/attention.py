@@ -107,7 +107,12 @@ def plan_tiles(
     32 keys) in order, at least ceil(context_len / 32) of them. Queries lie packed, sequence by sequence.
     With a ``window``, blocks that lie wholly before it are left out; what a row sees inside a block is masked by
     :class:`AttentionKind`, so such a plan serves windows up to this one.
+    Raises ValueError where a sequence has fewer tokens than it brings.
     """
+    brought, held = np.asarray(num_queries, dtype=np.int64), np.asarray(context_lens, dtype=np.int64)
+    if (brought > held).any():
+        i = int(np.argmax(brought > held))
+        raise ValueError(f"plan_tiles: sequence {i} brings {brought[i]} queries, but has {held[i]} tokens")
     if isinstance(block_tables, np.ndarray):
         tables = block_tables
     else:
@@ -115,10 +120,10 @@ def plan_tiles(
         for row, table in enumerate(block_tables):
             tables[row, : len(table)] = table
 
-    def tensor(x: Sequence[int] | np.ndarray) -> Tensor:
+    def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
 
-    return AttentionPlan(tensor(num_queries), tensor(context_lens), tensor(tables), device, window)
+    return AttentionPlan(tensor(brought), tensor(held), tensor(tables), device, window)
 
 
 def _divide(

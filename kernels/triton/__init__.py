@@ -6,5 +6,6 @@ anew because a batch is longer; there is no autotuning at run time: ``tiles.py``
 """
 
 from kernels.triton.norms import add_rms_norm, rms_norm
+from kernels.triton.packed_attention import packed_attention
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "packed_attention", "rms_norm"]
