@@ -6,15 +6,12 @@ tokens, Hq query heads, Hkv KV heads, D head dim, N sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.reference.attention import AttentionKind
+from kernels.reference.spans import Spans
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -22,21 +19,6 @@ try:
     HAS_VARLEN = True
 except ImportError:  # an older torch; padding is slower, not wrong
     HAS_VARLEN = False
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Sequences laid end to end along a packed axis."""
-
-    bounds: Tensor  # [N + 1] int32, from 0 to the total
-    lengths: Tensor  # [N] int64
-    longest: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int] | np.ndarray, device: torch.device | str) -> Spans:
-        lens = np.asarray(lengths, dtype=np.int64)
-        bounds = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
-        return cls(torch.from_numpy(bounds).to(device), torch.from_numpy(lens).to(device), int(lens.max()))
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, kind: AttentionKind) -> Tensor:

@@ -38,12 +38,14 @@ from kernels.reference.dense import (
 from kernels.reference.kv_store import store_kv
 from kernels.reference.logprobs import distribution, logits, token_logprobs
 from kernels.reference.sampling import SampledTokens, philox_uniform, sample_tokens
+from kernels.reference.spans import Spans
 
 __all__ = [
     "KV_BLOCK",
     "AttentionKind",
     "AttentionPlan",
     "SampledTokens",
+    "Spans",
     "TileBatch",
     "add_rms_norm",
     "attend_blocks",

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference.kv_store import Scales, dequantise, store_kv
+from kernels.reference.spans import Spans
 
 KV_BLOCK = 32
 PREFILL_TILE = 16  # query tokens a tile when a sequence brings more than one
@@ -86,6 +87,16 @@ class AttentionPlan:
     def tiles(self) -> tuple[TileBatch, ...]:
         return _divide(self.queries.numpy(), self.contexts.numpy(), self.tables.numpy(), self.device, self.window)
 
+    @cached_property
+    def query_spans(self) -> Spans:
+        """The packed queries, sequence by sequence."""
+        return Spans(self.queries.numpy(), self.device)
+
+    @cached_property
+    def context_spans(self) -> Spans:
+        """The contexts, were all their tokens packed."""
+        return Spans(self.contexts.numpy(), self.device)
+
     def __iter__(self) -> Iterator[TileBatch]:
         return iter(self.tiles)
 
@@ -105,7 +116,12 @@ def plan_tiles(
     With a ``window``, blocks that lie wholly before it are left out; what a row sees inside a block is masked by
     :class:`AttentionKind`, so such a plan serves windows up to this one. With ``exact``, which costs speed on a GPU,
     a token's output has the same bits whether it is prefilled, decoded or packed, in any chunks and any batch.
+    Raises ValueError where a sequence has fewer tokens than it brings.
     """
+    brought, held = np.asarray(num_queries, dtype=np.int64), np.asarray(context_lens, dtype=np.int64)
+    if (brought > held).any():
+        i = int(np.argmax(brought > held))
+        raise ValueError(f"plan_tiles: sequence {i} brings {brought[i]} queries, but has {held[i]} tokens")
     if isinstance(block_tables, np.ndarray):
         tables = block_tables
     else:
@@ -113,10 +129,10 @@ def plan_tiles(
         for row, table in enumerate(block_tables):
             tables[row, : len(table)] = table
 
-    def tensor(x: Sequence[int] | np.ndarray) -> Tensor:
+    def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
 
-    return AttentionPlan(tensor(num_queries), tensor(context_lens), tensor(tables), device, window, exact)
+    return AttentionPlan(tensor(brought), tensor(held), tensor(tables), device, window, exact)
 
 
 def _divide(

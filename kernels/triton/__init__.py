@@ -11,6 +11,7 @@ from kernels.triton.logits import logits
 from kernels.triton.logprobs import token_logprobs
 from kernels.triton.matmul import invariant_linear
 from kernels.triton.norms import add_rms_norm, rms_norm
+from kernels.triton.packed_attention import packed_attention
 from kernels.triton.paged_attention import attend_blocks, attend_paged
 from kernels.triton.rope import rope
 from kernels.triton.rope_store import rope_store
@@ -23,6 +24,7 @@ __all__ = [
     "geglu",
     "invariant_linear",
     "logits",
+    "packed_attention",
     "philox_uniform",
     "rms_norm",
     "rope",

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kernels import KV_BLOCK, AttentionKind, AttentionPlan, attend_paged, packed_attention, plan_tiles, store_kv
 from kernels.dispatch import uses_triton
-from kernels.torch_attention import Spans, varlen_attention
+from kernels.reference import Spans
+from kernels.torch_attention import varlen_attention
 
 
 class AttentionContext(Protocol):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kernels import AttentionKind
-from kernels.torch_attention import Spans, padded_attention, varlen_attention
+from kernels.reference import Spans
+from kernels.torch_attention import padded_attention, varlen_attention
 
 KINDS = [AttentionKind(), AttentionKind(scale=0.3), AttentionKind(window=1), AttentionKind(window=5)]
 SHAPES = [((3,), (3,)), ((1, 1, 1), (1, 40, 7)), ((5, 1, 17), (5, 33, 40)), ((2, 64), (64, 64))]
