@@ -155,7 +155,15 @@ def spawn_judges(run: Config, cluster: Cluster) -> Judges:
     for name, role_name in section.model_roles.items():
         model, train, ranks = run.of_role(role_name)
         checkpoint = _checkpoint(run, name)
-        role = cluster.spawn(role_name, RewardModel, ranks=ranks, checkpoint=checkpoint, model=model, train=train)
+        role = cluster.spawn(
+            role_name,
+            RewardModel,
+            ranks=ranks,
+            checkpoint=checkpoint,
+            model=model,
+            train=train,
+            timeout_s=run.cluster.timeout_s,
+        )
         models[name] = ModelJudge(role, midpoint_of(checkpoint) if section.model_scale == "probability" else None)
     return Judges(section, function, models, run.run.seed)
 

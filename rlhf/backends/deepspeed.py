@@ -49,17 +49,58 @@ class StepResult:
     skipped: bool
 
 
-class DeepSpeedBackend:
-    """Owns the optimizer and the parameters' storage: ZeRO 1 and 2 move them into flat buffers once, here, and
-    ZeRO 3 divides them among the ranks. No collective waits longer than ``timeout_s``."""
+class Ranks:
+    """The processes of a role, which meet here. No collective waits longer than ``timeout_s``."""
 
-    def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         wait_for_locks()
         # auto_mpi_discovery would go looking for mpi4py; the cluster has set RANK and friends.
         deepspeed.init_distributed(
             collective_backend(), auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
         )
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def microbatches(self, batch: Data, max_tokens: int) -> list[Data]:
+        """The batch's micro-batches, as many as on the rank that has the most. Collective."""
+        found = list(batch.microbatches(max_tokens))
+        missing = int(self.reduce([len(found)], "max")[0]) - len(found)
+        return found + [batch.filler()] * missing
+
+    def reduce(self, values: Sequence[float], op: Literal["sum", "max"]) -> list[float]:
+        """Sums or maxima of each value over the ranks, in float64. Collective."""
+        column = torch.tensor(values, dtype=torch.float64, device=default_device())
+        if self.world_size > 1:
+            torch.distributed.all_reduce(column, {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}[op])
+        return column.tolist()
+
+
+class FrozenBackend(Ranks):
+    """A module that doesn't learn, divided among the ranks (ZeRO 3): each gathers a layer's weights when it runs it, so
+    that all ranks run it equally often. Give it a module on the CPU: no device ever holds the whole."""
+
+    def __init__(self, module: nn.Module, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
+                "memory_efficient_linear": False,  # it replaces torch's linear for all of the process
+            },
+            "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
+            "steps_per_print": 1 << 30,
+        }
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)  # initialize() would move the whole first
+        self.engine = deepspeed.initialize(model=module, config=config)[0]
+
+
+class DeepSpeedBackend(Ranks):
+    """Owns the optimizer and the parameters' storage: ZeRO 1 and 2 move them into flat buffers once, here, and
+    ZeRO 3 divides them among the ranks."""
+
+    def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype, timeout_s: float) -> None:
+        super().__init__(timeout_s)
         # Without ZeRO, DeepSpeed steps bf16 weights through an optimizer made for fp16, which goes astray.
         self.stage = train.zero_stage if dtype == torch.float32 else max(1, train.zero_stage)
         matrices = [p for p in module.parameters() if p.ndim > 1]
@@ -91,24 +132,10 @@ class DeepSpeedBackend:
                 "steps_per_print": 1 << 30,
             },
         )
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     @property
     def module(self) -> nn.Module:
         return self.engine.module
-
-    def microbatches(self, batch: Data, max_tokens: int) -> list[Data]:
-        """The batch's micro-batches, as many as on the rank that has the most. Collective."""
-        found = list(batch.microbatches(max_tokens))
-        missing = int(self.reduce([len(found)], "max")[0]) - len(found)
-        return found + [batch.filler()] * missing
-
-    def reduce(self, values: Sequence[float], op: Literal["sum", "max"]) -> list[float]:
-        """Sums or maxima of each value over the ranks, in float64. Collective."""
-        column = torch.tensor(values, dtype=torch.float64, device=default_device())
-        if self.world_size > 1:
-            torch.distributed.all_reduce(column, {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}[op])
-        return column.tolist()
 
     def step(
         self, batch: Data, max_tokens: int, loss_fn: LossFn[Data], lr: float, before_step: Callable[[], None]

@@ -145,9 +145,9 @@ def test_a_dry_run_fails_with_the_function_whatever_a_failure_means_later(config
 class Judge:
     """What a reward model's role is to its caller; a sequence is worth its last token."""
 
-    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train) -> None:
+    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train, timeout_s: float) -> None:
         assert (checkpoint / "model.safetensors").exists()
-        self.given = model, train
+        self.given = model, train, timeout_s
         self.judge = FakeModel().judge
 
 
@@ -173,8 +173,9 @@ def test_each_reward_model_is_a_role_of_its_own(configure: Configure, checkpoint
     one = configure(*settings, models={"a": str(checkpoint)})
     judges = spawn_judges(one, cluster)  # type: ignore[arg-type]
     assert cluster.spawned == {"reward": 1, "reward_model": 3}
-    model, train = judges.models["a"].role.given  # type: ignore[attr-defined]
-    assert (model.dtype, train.tokens_per_microbatch, judges.models["a"].midpoint) == ("bfloat16", 7, 0.25)
+    model, train, timeout_s = judges.models["a"].role.given  # type: ignore[attr-defined]
+    assert (model.dtype, train.tokens_per_microbatch, timeout_s) == ("bfloat16", 7, 1800)
+    assert judges.models["a"].midpoint == 0.25
     two = configure(models={"a": str(checkpoint), "b": str(checkpoint)}, model_scale="raw")
     judges = spawn_judges(two, cluster)  # type: ignore[arg-type]
     assert list(cluster.spawned) == ["reward", "reward_model", "reward_model-a", "reward_model-b"]
