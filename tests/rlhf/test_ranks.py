@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,12 @@ def test_answers_do_not_depend_on_the_ranks(
     both = dict(pair for rank in findings[stage, SPLITS[0], "one"] for pair in rank["answers"])
     assert sorted(both) == list(range(5))
     assert [[c.sample_id for c in both[g]] for g in range(5)] == [[2 * g, 2 * g + 1] for g in range(5)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_collectives_are_bounded_as_calls_are(findings: dict[Any, list[dict[str, Any]]], stage: int) -> None:
+    """torch.distributed's own default is half an hour."""
+    assert {rank["timeout"] for rank in findings[stage, SPLITS[1], "nan"]} == {timedelta(seconds=120)}
 
 
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 9))
