@@ -198,7 +198,7 @@ def bench_step(config: Config, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(config, Path(folder))
         cluster = LocalCluster(config.cluster, Path(folder))
-        reward = spawn_judges(config, cluster)
+        reward = spawn_judges(config, cluster, task.weights)
         engines: dict[str, Ours | Peer] = {
             "onpolicy": Ours(config, task, cluster, Path(folder), clock),
             "transformers": Peer(config, task, clock),

@@ -174,9 +174,13 @@ class Train(Section):
     tokens_per_microbatch: PositiveInt = 8192
 
 
+FROZEN_KEYS = ("dtype", "zero_stage", "tokens_per_microbatch", "ranks")  # that a role which doesn't learn reads
+
+
 class RoleSection(Section):
     """What a role has otherwise than the policy: keys of ``model`` and ``train``, and ``ranks``. ``path`` None: the
-    weights that the policy starts from."""
+    weights that the policy starts from. Reference and reward models don't learn: ``zero_stage`` 3 divides their weights
+    among their ranks, for models that are larger than a device; otherwise each rank has them all."""
 
     path: str | None = None
     revision: str | None = None
@@ -248,13 +252,29 @@ class Config(Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _check_reward_model(self) -> Config:
-        if self.reward_model.path is not None:
-            raise ValueError(
-                f"reward_model.path={self.reward_model.path!r}: reward models are named in reward.models, such as "
-                "reward.models={helpful: CHECKPOINT}"
-            )
+    def _check_role_keys(self) -> Config:
+        for role in ("critic", "reference", "reward_model"):
+            for key, value in self.section_of(role):
+                if value is not None and (reason := self._no_use(role, key, value)):
+                    raise ValueError(f"{role}.{key}={value!r}: {reason}")
         return self
+
+    def _no_use(self, role: str, key: str, value: Any) -> str | None:
+        """Why a role has none for a key of its section; None: it has."""
+        if role == "reward_model" and key == "path":
+            return "reward models are named in reward.models, such as reward.models={helpful: CHECKPOINT}"
+        if role == "reward_model" and not self.reward.models:
+            return "there is no reward model; name one in reward.models, or leave this out"
+        if role != "reward_model" and role not in self.make_algorithm().roles:
+            why = "with kl_coef=0 measures no KL to a" if role == "reference" else "has no"
+            return f"algorithm.name={self.algorithm['name']} {why} {role}; leave this out, or change the algorithm"
+        if role != "critic" and key not in (*FROZEN_KEYS, "path", "revision"):
+            return f"the role doesn't learn; of these keys it has a use for {', '.join(FROZEN_KEYS)} alone"
+        if role != "critic" and key == "zero_stage" and value not in (0, 3):
+            return "stages 1 and 2 divide an optimizer, and the role has none; set 0, or 3, which divides its weights"
+        if role != "reward_model" and key == "revision" and self.section_of(role).path is None:
+            return f"there is no {role}.path; the weights are the policy's, whose revision is model.revision"
+        return None
 
     def section_of(self, role: str) -> RoleSection:
         """Of any model role but the policy; all reward models have one."""

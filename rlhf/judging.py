@@ -17,10 +17,7 @@ from rlhf.recipe import Recipe, Verdict
 from rlhf.roles.reward import RewardFunction
 from rlhf.roles.reward_model import RewardModel
 from rlhf.types import Completion, Problem, Prompt, Score, Trajectory
-from rollout_engine.models import family
-from rollout_engine.models.checkpoint import has_scalar_head, load_hf_config, load_tokenizer, resolve
-
-CALIBRATION = "calibration.json"  # beside the weights of a reward model
+from rlhf.weights import CALIBRATION, Weights, named
 
 
 @dataclass(frozen=True)
@@ -147,22 +144,25 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + e) if x >= 0 else e / (1 + e)
 
 
-def spawn_judges(run: Config, cluster: Cluster) -> Judges:
+def spawn_judges(run: Config, cluster: Cluster, weights: Weights) -> Judges:
     """The role ``reward`` (function and servers), and one role per reward model."""
     section = run.reward
     function = cluster.spawn("reward", RewardFunction, recipe=run.recipe.path, section=section)
     models = {}
     for name, role_name in section.model_roles.items():
         model, train, ranks = run.of_role(role_name)
-        checkpoint = _checkpoint(run, name)
-        role = cluster.spawn(role_name, RewardModel, ranks=ranks, checkpoint=checkpoint, model=model, train=train)
+        checkpoint = weights[role_name]
+        role = cluster.spawn(
+            role_name,
+            RewardModel,
+            ranks=ranks,
+            checkpoint=checkpoint,
+            model=model,
+            train=train,
+            timeout_s=run.cluster.timeout_s,
+        )
         models[name] = ModelJudge(role, midpoint_of(checkpoint) if section.model_scale == "probability" else None)
     return Judges(section, function, models, run.run.seed)
-
-
-def _checkpoint(run: Config, model: str) -> Path:
-    """Folder of a reward model; its revision is its own section's, not the policy's."""
-    return resolve(run.reward.models[model], run.reward_model.revision or "main")
 
 
 def midpoint_of(checkpoint: Path) -> float:
@@ -180,22 +180,24 @@ def midpoint_of(checkpoint: Path) -> float:
     return midpoint
 
 
-def check_judges(run: Config, recipe: Recipe, tokenizer: Any, prompt: Prompt, longest: int) -> list[str]:
+def check_judges(run: Config, weights: Weights, recipe: Recipe, prompt: Prompt) -> list[str]:
     """Everybody who judges, in words, for the plan; each reward server judges an empty answer to ``prompt``.
 
-    ``longest``: tokens of a prompt with its answer. Raises ValueError for what can't work, whatever
-    ``reward.on_error`` says.
+    Raises ValueError for what can't work, whatever ``reward.on_error`` says.
     """
     section = run.reward
     told = {"function": f"reward() of {Path(run.recipe.path).name}"} if recipe.has_reward else {}
-    told.update({name: f"reward model {path}, {section.model_scale}" for name, path in section.models.items()})
+    models = {name: weights[role] for name, role in section.model_roles.items()}
+    told.update({name: f"reward model {folder}, {section.model_scale}" for name, folder in models.items()})
     told.update({name: f"server {url}" for name, url in section.servers.items()})
     if "function" in section.weights and not recipe.has_reward:
         raise ValueError(f"reward.weights names the function, but recipe {run.recipe.path!r} has no reward()")
     if not any(section.weight(name) for name in told):
         raise ValueError(f"reward.weights: every component ({', '.join(told)}) has weight 0; nothing would be learnt")
-    for name in section.models:
-        _check_model(f"reward.models.{name}", _checkpoint(run, name), section, tokenizer, longest)
+    if section.model_scale == "probability":
+        for name, folder in models.items():
+            with named(f"reward.models.{name}"):
+                midpoint_of(folder)
     if section.servers:
         from rlhf.reward_server import RewardServer
 
@@ -205,22 +207,3 @@ def check_judges(run: Config, recipe: Recipe, tokenizer: Any, prompt: Prompt, lo
         f"{section.weight(name):g} x {name} ({what})" if section.weight(name) else f"{name}, only watched ({what})"
         for name, what in told.items()
     ]
-
-
-def _check_model(key: str, checkpoint: Path, section: config.Reward, tokenizer: Any, longest: int) -> None:
-    hf_config = load_hf_config(checkpoint)
-    if not has_scalar_head(checkpoint):
-        raise ValueError(f"{key}: {checkpoint} has no scalar head; `rlhf reward-model` trains one")
-    if load_tokenizer(checkpoint).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"{key}: {checkpoint} has another tokenizer than the policy; it judges token ids, so take one that was "
-            "trained from the policy's model family"
-        )
-    context = family(hf_config).decoder_config(hf_config).max_position
-    if longest > context:
-        raise ValueError(
-            f"{key}: {checkpoint} has a context of {context} tokens; a prompt with its answer may have {longest}. "
-            "Lower data.max_prompt_tokens or rollout.max_tokens"
-        )
-    if section.model_scale == "probability":
-        midpoint_of(checkpoint)

@@ -26,6 +26,8 @@ from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
 from rlhf.tracking.console import Console, ConsoleHandler
 from rlhf.types import Completion, Prompt
+from rlhf.weights import Weights, check_same_weights, check_weights, resolve_weights
+from rlhf.weights import fingerprint as fingerprint_weights
 
 log = logging.getLogger("rlhf")  # the package's, not this module's
 
@@ -35,11 +37,16 @@ class Task:
     """What a run trains on, checked."""
 
     recipe: Recipe
-    checkpoint: Path  # the weights to start from
+    weights: Weights  # to start from
     tokenizer: Any
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     plan: Plan
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the policy starts from."""
+        return self.weights["policy"]
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,11 @@ def prepare(config: Config, folder: Path) -> Task:
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *eval_prompts))
     decoder = check(config, hf_config, tokenizer, longest)
     open_weights(checkpoint, family(hf_config).name_map(decoder))
-    judges = check_judges(config, recipe, tokenizer, prompts[0], longest + config.rollout.max_tokens)
+    weights = resolve_weights(config, checkpoint)
+    check_weights(config, weights, tokenizer, longest + config.rollout.max_tokens)
+    judges = check_judges(config, weights, recipe, prompts[0])
     plan = Plan(config, decoder, judges, rows.source, len(prompts), dropped, len(eval_prompts))
-    return Task(recipe, checkpoint, tokenizer, prompts, eval_prompts, plan)
+    return Task(recipe, weights, tokenizer, prompts, eval_prompts, plan)
 
 
 def dry_run(config: Config) -> str:
@@ -109,10 +118,12 @@ def launch(config: Config) -> Result:
     with tempfile.TemporaryDirectory() as folder:  # bad input leaves no run folder behind
         task = prepare(config, Path(folder))
         run = RunFolder.create(config.run.dir, config.run.name)
-        if task.checkpoint.is_relative_to(folder):  # made by the recipe
-            task = replace(task, checkpoint=Path(shutil.move(task.checkpoint, run.path)))
+        if task.checkpoint.is_relative_to(Path(folder).resolve()):  # made by the recipe
+            made = Path(shutil.move(task.checkpoint, run.path))
+            task = replace(task, weights={**task.weights, "policy": made})
     with run.locked():
         run.write("data.json", json.dumps(fingerprint(task.prompts, task.eval_prompts), indent=1))
+        run.write("weights.json", json.dumps(fingerprint_weights(config, task.weights), indent=1))
         run.write("config.yaml", dump_config(config))
         run.write_environment()
         return _run(config, task, run)
@@ -121,7 +132,7 @@ def launch(config: Config) -> Result:
 def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
     """Go on with the run in ``folder`` from its newest whole checkpoint, or else from its start.
 
-    Raises ValueError for overrides and data that would make it another run, and where nothing is left to do.
+    Raises ValueError for overrides, data and weights that would make it another run, and where nothing is left to do.
     """
     run = RunFolder(folder.resolve())
     config = resumed_config(run.path, overrides)
@@ -134,6 +145,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
             )
         task = prepare(config, run.path)
         check_same_data(run.path, fingerprint(task.prompts, task.eval_prompts))
+        check_same_weights(run.path, fingerprint_weights(config, task.weights))
         run.write("config.yaml", dump_config(config))
         return _run(config, task, run)
 
@@ -183,12 +195,17 @@ def _run(config: Config, task: Task, run: RunFolder) -> Result:
 def _train_with_restarts(
     config: Config, task: Task, run: RunFolder, tracker: Tracker, console: Console
 ) -> tuple[Evaluation, Evaluation]:
-    """Warm start and training. When a role dies or hangs, everything is started anew, from the last checkpoint."""
+    """Warm start and training. When a role dies or hangs, everything is started anew, from the last checkpoint.
+
+    Raises ValueError where the weights that roles start from have changed meanwhile.
+    """
     from rlhf.train import train
     from rlhf.warm_start import warm_start
 
     checkpoints = Checkpoints(run.path, config.checkpoint)
     for restart in itertools.count(1):
+        if restart > 1:
+            check_same_weights(run.path, fingerprint_weights(config, task.weights))
         if checkpoints.last_step:
             console.line(f"goes on after step {checkpoints.last_step}")
         cluster = make_cluster(config.cluster, run.path / "roles", config.ranks)
@@ -197,7 +214,8 @@ def _train_with_restarts(
             if config.warm_start.steps:
                 checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
             algorithm = config.make_algorithm()
-            return train(config, algorithm, cluster, tracker, run, checkpoint, task.prompts, task.eval_prompts)
+            weights = {**task.weights, "policy": checkpoint}
+            return train(config, algorithm, cluster, tracker, run, weights, task.prompts, task.eval_prompts)
         except (RoleDied, TimeoutError) as error:
             if restart > config.checkpoint.max_restarts:
                 raise

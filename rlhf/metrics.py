@@ -9,6 +9,10 @@ from collections.abc import Iterable, Sequence
 from rlhf.algorithms import Algorithm
 from rlhf.types import Batch, Score, Trajectory, WeightUpdate
 
+# Mean |Δ log p| in nats above which fast numerics are under suspicion. NeMo RL's guide has people investigate a mean
+# exp|Δ log p| above 1.05, which is about the same.
+FAST_GAP = 0.05
+
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Rewards with their parts (``reward/part/<name>``, so that no name of a user's hides one of ours), and lengths.
@@ -87,6 +91,30 @@ def mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     return {**means, **{name: value for name, value in updates[0].items() if name.startswith("rollout/logprob_gap")}}
+
+
+def gap_alarm(step: int, metrics: dict[str, float], exact: bool) -> str | None:
+    """What a person has to know of a step whose answers weren't sampled from what is trained; None: they were, or no
+    token was trained. exact: of the numerics."""
+    if "rollout/logprob_gap_max" not in metrics:  # a critic that warms up alone
+        return None
+    largest, mean = metrics["rollout/logprob_gap_max"], metrics["rollout/logprob_gap_mean"]
+    if exact and not largest <= 0:  # nan is a gap too
+        return (
+            f"LOG-PROB GAP at step {step}: sampler and trainer differ by up to {largest:.3g} nats a token, and in "
+            "exact numerics they must agree to the bit. Look for weights that changed outside the optimizer's step, or "
+            "without a publish; for an op, new or changed, whose rows depend on their company (kernels/exactness.py); "
+            f"for temperature or truncation that one side alone applies. The answers: rollouts/{step:06d}.jsonl.gz. "
+            "Said once a run; every step's gap is rollout/logprob_gap_max"
+        )
+    if not exact and not mean <= FAST_GAP:
+        return (
+            f"LOG-PROB GAP at step {step}: sampler and trainer differ by {mean:.3g} nats a token in the mean, and "
+            f"rounding makes less than {FAST_GAP}. Look for other weights, dtypes, temperatures or masks on one side; "
+            "rollout.numerics=exact, where the model allows it, tells rounding from mistakes, and algorithm.tis_clip=2 "
+            "corrects for what can't be helped. Said once a run; every step's gap is rollout/logprob_gap_mean"
+        )
+    return None
 
 
 def swap_metrics(swap: WeightUpdate) -> dict[str, float]:

@@ -52,7 +52,7 @@ class Plan:
             f"weight swap {swap}",
             f"kv cache    {c.rollout.kv_cache_gib} GiB a rank = {self.kv_tokens} tokens, "
             f"pages of {c.rollout.page_size}",
-            f"numerics    {self.numerics}",
+            f"numerics    {numerics(c)}",
             *_wrapped(f"algorithm   {c.algorithm['name']}: {axes}"),
         ]
         return "\n".join(lines) + "\n"
@@ -67,16 +67,16 @@ class Plan:
         return f"{cluster.placement} on {count} {kind}{'s' * (count > 1)}: {where}; reward function on none"
 
     @property
-    def numerics(self) -> str:
-        """What ``auto`` comes to."""
-        if self.config.rollout.numerics != "auto":
-            return self.config.rollout.numerics
-        return "exact" if self.config.model.dtype == "float32" and not self.config.cluster.gpus else "fast"
-
-    @property
     def kv_tokens(self) -> int:
         per_token = self.decoder.kv_bytes_per_token(ELEMENT_BYTES[self.config.model.dtype])
         return int(self.config.rollout.kv_cache_gib * GIB) // per_token
+
+
+def numerics(config: Config) -> str:
+    """``exact`` or ``fast``: what ``rollout.numerics=auto`` comes to."""
+    if config.rollout.numerics != "auto":
+        return config.rollout.numerics
+    return "exact" if config.model.dtype == "float32" and not config.cluster.gpus else "fast"
 
 
 def _wrapped(line: str) -> list[str]:

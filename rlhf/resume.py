@@ -1,4 +1,5 @@
-"""What a resumed run must have in common with the run that it continues: its config, and its data."""
+"""What a resumed run must have in common with the run that it continues: its config and its data (its weights, see
+``rlhf.weights``)."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from typing import Any
 from rlhf.config import Config, load_config, spell
 from rlhf.types import Prompt
 
-# What may be overridden: how long, how it is watched, kept and placed, and how a reward that fails is treated. Whole
-# sections, or keys. The number of threads decides how floats are summed, so that another one changes the last bits;
-# a learning rate that decays does so until the new end.
+# What may be overridden: how long, how it is watched, kept and placed, how a reward that fails is treated, and where
+# weights lie (that they are the same is checked). Whole sections, or keys. The number of threads decides how floats are
+# summed, so that another one changes the last bits; a learning rate that decays does so until the new end.
 FREE = (
     "run.steps", "eval.every", "checkpoint", "tracking", "rollout.kv_cache_gib", "cluster.kind", "cluster.placement",
     "cluster.threads", "cluster.timeout_s", "cluster.start_timeout_s", "reward.timeout_s", "reward.on_error",
-    "reward.penalty", "reward.concurrency",
+    "reward.penalty", "reward.concurrency", "reward.models", "reward_model.revision", "model.path", "model.revision",
+    "critic.path", "critic.revision", "reference.path", "reference.revision",
 )  # fmt: skip
 
 
@@ -28,7 +30,7 @@ def resumed_config(folder: Path, overrides: Sequence[str]) -> Config:
     Raises ValueError where there is no run, and for an override of what makes the run what it is.
     """
     file = folder / "config.yaml"
-    for name in ("config.yaml", "data.json"):
+    for name in ("config.yaml", "data.json", "weights.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} is no folder of a run, it has no {name}; give one like runs/NAME/0001")
     config = load_config(file, overrides)

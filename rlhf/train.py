@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rlhf.algorithms import Algorithm
@@ -24,6 +23,7 @@ from rlhf.rollouts import Rollouts
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
 from rlhf.types import Prompt
+from rlhf.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Roles:
     learners: dict[str, Policy | Critic]
 
 
-def spawn_roles(config: Config, algorithm: Algorithm, cluster: Cluster, run: RunFolder, checkpoint: Path) -> Roles:
-    """Everybody that the algorithm asks for. ``checkpoint``: what the policy starts from."""
+def spawn_roles(config: Config, algorithm: Algorithm, cluster: Cluster, run: RunFolder, weights: Weights) -> Roles:
+    """Everybody that the algorithm asks for. ``weights``: what they start from."""
     learning = {
         "run_folder": run.path,
         "algorithm": algorithm,
@@ -47,14 +47,14 @@ def spawn_roles(config: Config, algorithm: Algorithm, cluster: Cluster, run: Run
 
     def spawn(name: str, role: Any, **arguments: Any) -> Any:
         model, train, ranks = config.of_role(name)
-        weights = Path(model.path) if model.path and name != "policy" else checkpoint
-        return cluster.spawn(name, role, ranks=ranks, checkpoint=weights, model=model, train=train, **arguments)
+        checkpoint = weights.get(name, weights["policy"])
+        return cluster.spawn(name, role, ranks=ranks, checkpoint=checkpoint, model=model, train=train, **arguments)
 
     policy = spawn("policy", Policy, rollout=config.rollout, seed=config.run.seed, **learning)
-    reward = spawn_judges(config, cluster)
+    reward = spawn_judges(config, cluster, weights)
     scorers, learners = [], {"policy": policy}
     if "reference" in algorithm.roles:
-        scorers.append(spawn("reference", Reference))
+        scorers.append(spawn("reference", Reference, timeout_s=config.cluster.timeout_s))
     if "critic" in algorithm.roles:
         learners["critic"] = spawn("critic", Critic, **learning)
         scorers.append(learners["critic"])
@@ -69,15 +69,15 @@ def train(
     cluster: Cluster,
     tracker: Tracker,
     run: RunFolder,
-    checkpoint: Path,
+    weights: Weights,
     prompts: Sequence[Prompt],
     eval_prompts: Sequence[Prompt],
 ) -> tuple[Evaluation, Evaluation]:
-    """Train from ``checkpoint`` until ``run.steps`` steps are done; held-out evaluations before and after.
+    """Train from ``weights`` until ``run.steps`` steps are done; held-out evaluations before and after.
 
     Goes on from the run's newest whole checkpoint, if it has one.
     """
-    roles = spawn_roles(config, algorithm, cluster, run, checkpoint)
+    roles = spawn_roles(config, algorithm, cluster, run, weights)
     policy, reward = roles.policy, roles.reward
     rollouts = Rollouts(config, algorithm, policy, reward, prompts)
     checkpoints = Checkpoints(run.path, config.checkpoint)

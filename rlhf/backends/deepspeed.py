@@ -25,7 +25,12 @@ from typing import Any, Literal, TypeVar
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+)
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
 
@@ -49,17 +54,59 @@ class StepResult:
     skipped: bool
 
 
-class DeepSpeedBackend:
-    """Owns the optimizer and the parameters' storage: ZeRO 1 and 2 move them into flat buffers once, here, and
-    ZeRO 3 divides them among the ranks. No collective waits longer than ``timeout_s``."""
+class Ranks:
+    """The processes of a role, which meet here. No collective waits longer than ``timeout_s``."""
 
-    def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         wait_for_locks()
         # auto_mpi_discovery would go looking for mpi4py; the cluster has set RANK and friends.
         deepspeed.init_distributed(
             collective_backend(), auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
         )
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def microbatches(self, batch: Data, max_tokens: int) -> list[Data]:
+        """The batch's micro-batches, as many as on the rank that has the most. Collective."""
+        found = list(batch.microbatches(max_tokens))
+        missing = int(self.reduce([len(found)], "max")[0]) - len(found)
+        return found + [batch.filler()] * missing
+
+    def reduce(self, values: Sequence[float], op: Literal["sum", "max"]) -> list[float]:
+        """Sums or maxima of each value over the ranks, in float64. Collective."""
+        column = torch.tensor(values, dtype=torch.float64, device=default_device())
+        if self.world_size > 1:
+            torch.distributed.all_reduce(column, {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}[op])
+        return column.tolist()
+
+
+class FrozenBackend(Ranks):
+    """A module that doesn't learn, divided among the ranks (ZeRO 3): each gathers a layer's weights when it runs it, so
+    that all ranks run it equally often. Give it a module on the CPU: no device ever holds the whole."""
+
+    def __init__(self, module: nn.Module, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
+                "memory_efficient_linear": False,  # it replaces torch's linear for all of the process
+            },
+            "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
+            "steps_per_print": 1 << 30,
+        }
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)  # initialize() would move the whole first
+        self.engine = deepspeed.initialize(model=module, config=config)[0]
+
+
+class DeepSpeedBackend(Ranks):
+    """Owns the optimizer and the parameters' storage: ZeRO 1 and 2 move them into flat buffers once, here, and
+    ZeRO 3 divides them among the ranks."""
+
+    def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self.max_grad_norm = train.max_grad_norm
         # Without ZeRO, DeepSpeed steps bf16 weights through an optimizer made for fp16, which goes astray.
         self.stage = train.zero_stage if dtype == torch.float32 else max(1, train.zero_stage)
         matrices = [p for p in module.parameters() if p.ndim > 1]
@@ -91,32 +138,26 @@ class DeepSpeedBackend:
                 "steps_per_print": 1 << 30,
             },
         )
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     @property
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def microbatches(self, batch: Data, max_tokens: int) -> list[Data]:
-        """The batch's micro-batches, as many as on the rank that has the most. Collective."""
-        found = list(batch.microbatches(max_tokens))
-        missing = int(self.reduce([len(found)], "max")[0]) - len(found)
-        return found + [batch.filler()] * missing
-
-    def reduce(self, values: Sequence[float], op: Literal["sum", "max"]) -> list[float]:
-        """Sums or maxima of each value over the ranks, in float64. Collective."""
-        column = torch.tensor(values, dtype=torch.float64, device=default_device())
-        if self.world_size > 1:
-            torch.distributed.all_reduce(column, {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}[op])
-        return column.tolist()
-
     def step(
-        self, batch: Data, max_tokens: int, loss_fn: LossFn[Data], lr: float, before_step: Callable[[], None]
+        self,
+        batch: Data,
+        max_tokens: int,
+        loss_fn: LossFn[Data],
+        lr: float,
+        before_step: Callable[[], None],
+        *,
+        first: bool = False,
     ) -> StepResult:
         """One optimizer step over this rank's share of a minibatch, in micro-batches of ``max_tokens`` tokens.
 
         ``loss_fn(engine, micro)`` gives a loss that sums over micro-batches and ranks. ``before_step`` runs once
-        the gradients are known to be finite and the weights are about to change. Collective.
+        the gradients are known to be finite and the weights are about to change. ``first``: the optimizer has taken no
+        step yet; raises RuntimeError naming the weights that this one should have moved, and hasn't. Collective.
         """
         batches = self.microbatches(batch, max_tokens)
         total = 0.0
@@ -132,16 +173,52 @@ class DeepSpeedBackend:
             return StepResult(total, norm, skipped=True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        watched = self._about_to_move(lr, norm) if first and lr > 0 else {}
         before_step()
         self.engine.step()
+        still = [name for name, (index, value) in watched.items() if self._master(name)[index] == value]
+        if still:
+            raise RuntimeError(
+                f"the first optimizer step, at a rate of {lr:g}, left {len(still)} weights where they were although "
+                f"they have gradients: {', '.join(still)}. The optimizer that DeepSpeed steps doesn't hold them, or "
+                "steps copies of them"
+            )
         return StepResult(total, norm, skipped=False)
+
+    def _about_to_move(self, lr: float, norm: float) -> dict[str, tuple[int, Tensor]]:
+        """Index and value of the element with the largest gradient, of every master (ZeRO 3: of this rank's share)
+        that AdamW's first step, lr g / (|g| + eps), moves there by more than fp32 rounds away."""
+        group = self.optimizer.param_groups[0]
+        clip = min(1.0, self.max_grad_norm / norm) if norm else 1.0
+        found = {}
+        for name, p in self.module.named_parameters():
+            gradient = self._read_gradient(p).flatten().abs()
+            if gradient.numel() == 0:
+                continue
+            index = int(gradient.argmax())
+            g, value = float(gradient[index]) * clip, self._master(name)[index].clone()
+            if lr * g / (g + group["eps"]) > abs(float(value)) * 2**-23:
+                found[name] = (index, value)
+        return found
+
+    def _master(self, name: str) -> Tensor:
+        """The fp32 weights that the optimizer steps, flat; under ZeRO 3 this rank's share. Collective under 1 and 2."""
+        p = self.module.get_parameter(name)
+        if self.stage == 3:
+            return safe_get_local_fp32_param(p).detach().flatten()
+        master = safe_get_full_fp32_param(p)  # None: the parameter itself
+        return (p if master is None else master).detach().flatten()
+
+    def _read_gradient(self, p: nn.Parameter) -> Tensor:
+        """Before the step; under ZeRO 3 this rank's share. Collective under 1 and 2."""
+        gradient: Tensor = safe_get_local_grad(p) if self.stage == 3 else safe_get_full_grad(p)
+        return gradient
 
     def _grad_norm(self) -> float:
         """Of all parameters, the same on every rank."""
         if self.stage in (1, 2):
             return float(self.optimizer.scaled_global_norm())
-        read = safe_get_local_grad if self.stage == 3 else safe_get_full_grad
-        square = sum(float(read(p).double().square().sum()) for p in self.module.parameters())
+        square = sum(float(self._read_gradient(p).double().square().sum()) for p in self.module.parameters())
         return math.sqrt(self.reduce([square], "sum")[0] if self.stage == 3 else square)
 
     def _drop_gradients(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,6 +20,12 @@ def seats(placement: Literal["colocated", "separate"], ranks: Mapping[str, int])
         taken[role] = range(first, first + count)
         first += count * (placement == "separate")
     return {**taken, "warm_start": taken["policy"]} if "policy" in taken else taken
+
+
+def share(placement: Literal["colocated", "separate"], taken: Seats) -> float:
+    """What a rank asks for of the device in its bundle: all of it, or as much as lets all roles sit on one, the warm
+    start's policy with them. Rounded down to the ten-thousandths that Ray counts in."""
+    return 1.0 if placement == "separate" else math.floor(1e4 / max(1, len(taken))) / 1e4
 
 
 def num_bundles(taken: Seats) -> int:

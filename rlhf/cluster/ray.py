@@ -17,14 +17,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf import config
 from rlhf.cluster import PlacementError, Role
-from rlhf.cluster.placement import num_bundles, seats
+from rlhf.cluster.placement import num_bundles, seats, share
 from rlhf.cluster.proxy import Call, Proxy, Ranks, finish
 from rlhf.cluster.watchdog import Watchdog, kill_if_alive, resident_bytes, start_time
 from rlhf.cluster.worker import Rendezvous, free_port, set_rendezvous, set_threads
 
 log = logging.getLogger(__name__)
 
-ROLES_PER_BUNDLE = 8  # at most: colocated roles take turns on their bundle's device
 BUNDLE_CPU = 0.1  # a fraction, so that many ranks fit a small machine
 REPORT_EVERY_S = 10.0
 GIB, MIB = 1 << 30, 1 << 20
@@ -148,10 +147,10 @@ class RayCluster:
         return self.seats[name]
 
     def _worker(self, name: str, bundle: int, log_file: str, phase_file: str) -> Any:
-        share = 1.0 if self.section.placement == "separate" else 1.0 / ROLES_PER_BUNDLE
+        device = share(self.section.placement, self.seats) if self.section.gpus and bundle >= 0 else 0.0
         return _Worker.options(  # type: ignore[attr-defined]
-            num_cpus=BUNDLE_CPU / ROLES_PER_BUNDLE,
-            num_gpus=share if self.section.gpus and bundle >= 0 else 0.0,
+            num_cpus=0,  # of its bundle: any number of processes share it
+            num_gpus=device,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
         ).remote(name, self.section.threads, log_file, phase_file, self.section.timeout_s)
 

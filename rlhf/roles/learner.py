@@ -65,7 +65,8 @@ class Learner:
 
         train = self.train
         lr = learning_rate(self.num_updates, self.total_updates, train.lr, train.warmup_steps, train.schedule)
-        result = self.backend.step(minibatch, train.tokens_per_microbatch, loss_fn, lr, before_step)
+        first = self.num_updates == self.num_skipped
+        result = self.backend.step(minibatch, train.tokens_per_microbatch, loss_fn, lr, before_step, first=first)
         self.num_updates += 1
         if result.skipped:
             self.num_skipped += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -17,22 +18,42 @@ from rlhf.functional import pairwise_loss
 from rlhf.packing import forward_scores
 from rlhf.reward_model.config import PairsSection
 from rlhf.reward_model.pairs import Pairs
+from rlhf.roles.frozen import Frozen
 from rlhf.roles.learner import Learner
 from rollout_engine.models.checkpoint import has_scalar_head, load_scalar_model, save_model
 
 
-class RewardModel:
-    """A trained one, frozen. Raises ValueError for a checkpoint without a scalar head."""
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids of some sequences."""
 
-    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train) -> None:
+    token_ids: Sequence[tuple[int, ...]]
+
+    def microbatches(self, max_tokens: int) -> Iterator[Sequences]:
+        """Runs of at most ``max_tokens`` tokens (or one sequence, if that alone is longer)."""
+        for part in runs([len(ids) for ids in self.token_ids], max_tokens):
+            yield Sequences([self.token_ids[i] for i in part])
+
+    def filler(self) -> Sequences:
+        """A token whose score nobody reads."""
+        return Sequences([(0,)])
+
+
+class RewardModel:
+    """One rank of a trained one. train, timeout_s: as :class:`rlhf.roles.frozen.Frozen`'s.
+
+    Raises ValueError for a checkpoint without a scalar head.
+    """
+
+    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train, timeout_s: float) -> None:
         if not has_scalar_head(checkpoint):
             raise ValueError(
                 f"{checkpoint} has no scalar head (score.weight), so it is no reward model; "
                 "`rlhf reward-model CONFIG` makes one, and any sequence classifier with one label will do"
             )
-        loaded = load_scalar_model(checkpoint, dtype=model.dtype, device=default_device())
-        self.decoder = loaded.decoder.requires_grad_(False)
-        self.tokens_per_microbatch = train.tokens_per_microbatch
+        self.frozen = Frozen(
+            lambda device: load_scalar_model(checkpoint, dtype=model.dtype, device=device).decoder, train, timeout_s
+        )
 
     @over_ranks(divide_sequences)
     @torch.no_grad()
@@ -45,9 +66,10 @@ class RewardModel:
             empty = [bool(ids) for ids in token_ids].index(False)
             raise ValueError(f"sequence {empty} of {len(token_ids)} is empty; give at least a token to score")
         scores: list[float] = []
-        for part in runs([len(ids) for ids in token_ids], self.tokens_per_microbatch):
-            scores += forward_scores(self.decoder, [token_ids[i] for i in part], part).tolist()
-        return scores
+        for part in self.frozen.microbatches(Sequences(token_ids)):
+            apart = range(len(part.token_ids))  # nobody shares a prefix
+            scores += forward_scores(self.frozen.model, part.token_ids, apart).tolist()
+        return scores[: len(token_ids)]
 
 
 class RewardLearner:

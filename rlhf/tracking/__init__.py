@@ -12,6 +12,8 @@ from typing import Any
 
 from rlhf.config import Config
 from rlhf.evaluate import Evaluation
+from rlhf.metrics import gap_alarm
+from rlhf.plan import numerics
 from rlhf.reward_model.config import RewardModelConfig
 from rlhf.run_folder import RunFolder
 from rlhf.tracking.console import Console, step_line
@@ -63,6 +65,7 @@ class Tracker(MetricLog):
         self.config = config
         self.history: list[dict[str, Any]] = []
         self.progress = {"samples": 0, "tokens": 0}
+        self.alarmed = False  # of the gap between sampler and trainer
 
     def rewind(self, step: int, progress: dict[str, int]) -> None:
         """The run goes on after ``step``: forget the steps that came later. ``progress``: the counters as of then."""
@@ -76,12 +79,16 @@ class Tracker(MetricLog):
         self.progress = dict(progress)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record a step."""
+        """Record a step, and say so where it wasn't sampled from what is trained."""
         self.progress["samples"] += int(metrics["length/answers"])
         self.progress["tokens"] += int(metrics["length/answer_tokens"])
         row = {"step": step, **metrics, **{f"progress/{axis}": count for axis, count in self.progress.items()}}
         self.history.append(row)
         self.record(row, step_line(row, self.steps))
+        alarm = None if self.alarmed else gap_alarm(step, metrics, exact=numerics(self.config) == "exact")
+        if alarm:
+            self.alarmed = True
+            self.console.line(alarm)
 
     def samples(self, step: int, trajectories: list[Trajectory], batch: Batch) -> None:
         """Keep a step's answers: all in the run folder, the first few in the W&B table ``samples``."""

@@ -181,7 +181,8 @@ def _eos_ids(folder: Path, hf_config: Any, tokenizer: Any | None) -> tuple[int, 
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a checkpoint is read from. Raises ValueError naming those that aren't there."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -199,7 +200,7 @@ def open_weights(folder: Path, names: NameMap) -> dict[str, Any]:
     Raises ValueError for missing, truncated or damaged files and for tensors that ``names`` calls for in vain.
     """
     tensors: dict[str, Any] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             reader = safe_open(file, framework="pt")
         except SafetensorError as error:

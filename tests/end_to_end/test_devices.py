@@ -61,6 +61,13 @@ def test_colocated_ranks_share_theirs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("three_gpus")
+def test_nine_roles_share_a_gpu(tmp_path: Path) -> None:
+    seen = devices("colocated", {"policy": 3, **{f"judge-{i}": 1 for i in range(8)}}, tmp_path)
+    assert sorted(seen["policy"]) == ["0", "1", "2"]
+    assert all(seen[f"judge-{i}"] == seen["policy"][:1] for i in range(8))
+
+
+@pytest.mark.usefixtures("three_gpus")
 def test_more_ranks_than_gpus_are_refused_with_what_there_is(tmp_path: Path) -> None:
     section = Cluster(kind="ray", gpus=4, threads=1, placement="separate")
     with pytest.raises(PlacementError, match="GPU: 4 asked for, 3 free of 3"):

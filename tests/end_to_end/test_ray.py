@@ -106,13 +106,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from rlhf.cluster.ray import RayCluster
 
     os.environ["PYTHONPATH"] = f"{ROOT}:{Path(__file__).parent}"
-    cluster = RayCluster(Cluster(kind="ray", threads=1, timeout_s=2), tmp_path_factory.mktemp("roles"), {})
+    seats = {f"role-{i}": 1 for i in range(9)}
+    cluster = RayCluster(Cluster(kind="ray", threads=1, timeout_s=2), tmp_path_factory.mktemp("roles"), seats)
     yield cluster
     cluster.shutdown()
     del os.environ["PYTHONPATH"]
 
 
-def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # type: ignore[no-untyped-def]
+def test_a_dead_role_is_named(cluster) -> None:  # type: ignore[no-untyped-def]
     judge = {"recipe": "recipes.arithmetic", "section": Reward()}
     reward = cluster.spawn("judge", RewardFunction, **judge)
     assert reward.collect() == []
@@ -121,8 +122,15 @@ def test_a_dead_role_is_named_and_its_place_is_free_again(cluster) -> None:  # t
     with pytest.raises(RoleDied, match=rf"role judge \(pid {pid}\) died during collect\(\)"):
         reward.collect()
     cluster.stop(reward)
-    for _ in range(9):  # a bundle holds eight at once
-        cluster.stop(cluster.spawn("event", threading.Event))
+
+
+def test_nine_roles_share_a_device(cluster) -> None:  # type: ignore[no-untyped-def]
+    """Policy, critic, reference, function and five reward models."""
+    roles = [cluster.spawn(f"role-{i}", threading.Event) for i in range(9)]
+    assert [role.is_set() for role in roles] == [False] * 9
+    assert len({pid for role in roles for pid in role._ranks.pids}) == 9
+    for role in roles:
+        cluster.stop(role)
 
 
 def test_a_reward_works_in_its_actor_after_submit_has_returned(cluster, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -50,7 +50,7 @@ def test_the_reward_model_tells_right_from_wrong(folder: Path) -> None:
     render = Renderer(Data(), load_tokenizer(checkpoint))
     section = load_config(CONFIGS / "arithmetic_reward_model_cpu.yaml").pairs
     pairs, _ = tokenize_pairs(list(arithmetic_ppo.preferences("eval")), render, section)
-    judge = RewardModel(checkpoint=checkpoint, model=ModelSection(), train=Train(lr=0))
+    judge = RewardModel(checkpoint=checkpoint, model=ModelSection(), train=Train(lr=0), timeout_s=60)
     right = torch.tensor(judge.judge(sorted({pair.chosen for pair in pairs})))
     for kind in arithmetic_ppo.KINDS:
         wrong = torch.tensor(judge.judge([pair.rejected for pair in pairs if pair.kind == kind]))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reward_http import Answer, Make, RewardHttp, Serve
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from rlhf.algorithms import Algorithm
 from rlhf.algorithms.grpo import GRPO
@@ -42,6 +42,27 @@ def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder.init_weights(0, std=0.1)
     folder = tmp_path_factory.mktemp("odd") / "hf"
     save_model(Model(decoder, hf_config, None, (0,)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scored_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sequence classifier of one label, made and saved by transformers; a hidden size that vectors don't divide."""
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=131,
+        hidden_size=72,
+        intermediate_size=100,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=20,
+        num_labels=1,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+    )
+    folder = tmp_path_factory.mktemp("scored")
+    Qwen3ForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 

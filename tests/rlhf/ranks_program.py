@@ -15,11 +15,14 @@ import torch
 
 from rlhf.cluster.worker import Rendezvous, set_rendezvous, set_threads
 from rlhf.config import ModelSection, Rollout, Train
-from rlhf.division import divide_minibatch
+from rlhf.division import divide_batch, divide_minibatch, divide_sequences
 from rlhf.packing import forward_logprobs, pack
 from rlhf.roles import policy as policy_module
+from rlhf.roles import reference as reference_module
 from rlhf.roles.critic import Critic
 from rlhf.roles.policy import Policy
+from rlhf.roles.reference import Reference
+from rlhf.roles.reward_model import RewardModel
 from rlhf.types import Batch, Completion, Prompt, Score, Trajectory
 from rollout_engine import SamplingParams
 from rollout_engine.models import checkpoint as checkpoint_module
@@ -83,9 +86,25 @@ def run_critic(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict
         return {"share": scored, "metrics": metrics, "weights": {name: p.clone() for name, p in whole.items()}}
 
 
+def run_frozen(job: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """Scores of this rank's shares, and how much of each weight of the reference is here: gathered, and its share."""
+    train = Train(lr=0.0, zero_stage=job["stage"], tokens_per_microbatch=job["max_tokens"])
+    common: dict[str, Any] = {"model": ModelSection(), "train": train, "timeout_s": 120}
+    reference = Reference(checkpoint=job["checkpoint"], **common)
+    judge = RewardModel(checkpoint=job["scored"], **common)
+    shares = [divide_batch(ranks, batch)[0][rank]["batch"] for batch in job["frozen"]]
+    mine = [divide_sequences(ranks, some)[0][rank]["token_ids"] for some in job["sequences"]]
+    found = {"shares": [reference.score(share) for share in shares], "scores": [judge.judge(some) for some in mine]}
+    parameters = reference.frozen.model.named_parameters()
+    held = {name.removeprefix("module."): (p.numel(), getattr(p, "ds_tensor", p).numel()) for name, p in parameters}
+    return {**found, "held": held}
+
+
 def run(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     if "critic" in job:
         return run_critic(job, folder, rank, ranks)
+    if "frozen" in job:
+        return run_frozen(job, rank, ranks)
     policy = Policy(
         checkpoint=job["checkpoint"],
         run_folder=folder,
@@ -97,7 +116,8 @@ def run(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, A
         seed=7,
         timeout_s=120,
     )
-    found: dict[str, Any] = {}
+    group = torch.distributed.distributed_c10d._get_default_group()
+    found: dict[str, Any] = {"timeout": group._get_backend(torch.device("cpu")).options._timeout}
 
     def share(name: str) -> Batch:
         return divide_minibatch(ranks, job[name])[0][rank]["minibatch"]
@@ -117,7 +137,8 @@ def run(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict[str, A
 
 
 def main() -> None:
-    policy_module.load_model = functools.partial(load_model, tokenizer=False)  # the checkpoint has none
+    for module in (policy_module, reference_module):
+        module.load_model = functools.partial(load_model, tokenizer=False)  # the checkpoint has none
     checkpoint_module.load_tokenizer = lambda folder: None
     folder, rank, ranks, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     set_threads(1)

@@ -11,7 +11,7 @@ import torch
 from test_deepspeed_contract import distance
 from test_ranks import run_on_ranks
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForSequenceClassification
+from transformers import Qwen3ForSequenceClassification
 
 from rlhf.algorithms.ppo import PPO
 from rlhf.division import divide_batch
@@ -25,26 +25,6 @@ SPLITS = (100_000, 60)
 LR = 1e-4
 CLIP = 0.3
 ALGORITHM = PPO(value_clip=CLIP)
-
-
-@pytest.fixture(scope="module")
-def scored_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sequence classifier of one label, made and saved by transformers; a hidden size that vectors don't divide."""
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=131,
-        hidden_size=72,
-        intermediate_size=100,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=20,
-        num_labels=1,
-        initializer_range=0.1,
-    )
-    folder = tmp_path_factory.mktemp("scored")
-    Qwen3ForSequenceClassification(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rlhf import algorithms
-from rlhf.cluster.placement import num_bundles, seats
+from rlhf.cluster.placement import num_bundles, seats, share
 from rlhf.config import Config, load_config
 from rlhf.launch import prepare
 from rlhf.plan import check_placement
@@ -43,6 +43,20 @@ def test_separate_ranks_share_nothing_but_the_warm_start_which_is_over() -> None
         "warm_start": [0, 1, 2, 3],
     }
     assert num_bundles(taken) == 7
+
+
+@pytest.mark.parametrize("count", range(1, 65))
+def test_any_number_of_roles_share_a_device(count: int) -> None:
+    """In whole ten-thousandths, which are what Ray counts."""
+    taken = seats("colocated", {f"role-{i}": 1 for i in range(count)})
+    asked = share("colocated", taken) * 1e4
+    assert asked == pytest.approx(round(asked), abs=1e-6) and 1e4 - count < count * round(asked) <= 1e4
+    assert share("separate", taken) == 1.0
+
+
+def test_the_warm_starts_policy_has_a_share_too() -> None:
+    """It may still be ending when the policy starts."""
+    assert share("colocated", seats("colocated", {"policy": 1, "critic": 1})) == 0.3333
 
 
 def test_without_a_role_on_a_device_there_is_one_bundle() -> None:

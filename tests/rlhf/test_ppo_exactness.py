@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForSequenceClassification
+from transformers import Qwen3ForSequenceClassification
 
 import rollout_engine.models.checkpoint as checkpoint_module
 from rlhf.algorithms.policy_gradient import PolicyGradient
@@ -134,27 +134,6 @@ def test_stale_answers_are_weighed_by_the_policy_as_it_is_and_leave_the_gap_alon
 
 
 # ---------------------------------------------------------------- the critic
-
-
-@pytest.fixture(scope="module")
-def scored_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sequence classifier of one label, made and saved by transformers."""
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=131,
-        hidden_size=72,
-        intermediate_size=100,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=20,
-        num_labels=1,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-    )
-    folder = tmp_path_factory.mktemp("scored")
-    Qwen3ForSequenceClassification(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

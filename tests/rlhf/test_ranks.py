@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,12 @@ def test_tokens_and_logprobs_are_those_of_one_engine_alone(
     assert found("before") == untrained
     assert found("after") == alone(odd_checkpoint, findings[case][0]["weights"], prompts) != untrained
     assert [rank["gap"] for rank in findings[case]] == [0.0] * len(findings[case])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_collectives_are_bounded_as_calls_are(findings: dict[Any, list[dict[str, Any]]], stage: int) -> None:
+    """torch.distributed's own default is half an hour."""
+    assert {rank["timeout"] for rank in findings[stage, SPLITS[1], "nan"]} == {timedelta(seconds=120)}
 
 
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 9))

@@ -145,9 +145,9 @@ def test_a_dry_run_fails_with_the_function_whatever_a_failure_means_later(config
 class Judge:
     """What a reward model's role is to its caller; a sequence is worth its last token."""
 
-    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train) -> None:
+    def __init__(self, *, checkpoint: Path, model: ModelSection, train: Train, timeout_s: float) -> None:
         assert (checkpoint / "model.safetensors").exists()
-        self.given = model, train
+        self.given = model, train, timeout_s
         self.judge = FakeModel().judge
 
 
@@ -171,12 +171,14 @@ def test_each_reward_model_is_a_role_of_its_own(configure: Configure, checkpoint
     cluster = Spawns()
     settings = ["reward_model.ranks=3", "reward_model.dtype=bfloat16", "reward_model.tokens_per_microbatch=7"]
     one = configure(*settings, models={"a": str(checkpoint)})
-    judges = spawn_judges(one, cluster)  # type: ignore[arg-type]
+    judges = spawn_judges(one, cluster, {"reward_model": checkpoint})  # type: ignore[arg-type]
     assert cluster.spawned == {"reward": 1, "reward_model": 3}
-    model, train = judges.models["a"].role.given  # type: ignore[attr-defined]
-    assert (model.dtype, train.tokens_per_microbatch, judges.models["a"].midpoint) == ("bfloat16", 7, 0.25)
+    model, train, timeout_s = judges.models["a"].role.given  # type: ignore[attr-defined]
+    assert (model.dtype, train.tokens_per_microbatch, timeout_s) == ("bfloat16", 7, 1800)
+    assert judges.models["a"].midpoint == 0.25
     two = configure(models={"a": str(checkpoint), "b": str(checkpoint)}, model_scale="raw")
-    judges = spawn_judges(two, cluster)  # type: ignore[arg-type]
+    weights = {"reward_model-a": checkpoint, "reward_model-b": checkpoint}
+    judges = spawn_judges(two, cluster, weights)  # type: ignore[arg-type]
     assert list(cluster.spawned) == ["reward", "reward_model", "reward_model-a", "reward_model-b"]
     assert judges.names == ["function", "a", "b"] and judges.models["b"].midpoint is None
 

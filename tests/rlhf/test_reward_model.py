@@ -76,7 +76,7 @@ def make_learner(scalar_checkpoint: Path, tmp_path: Path) -> Callable[..., Rewar
 
 def judge_of(folder: Path, tokens_per_microbatch: int = 8192) -> RewardModel:
     train = Train(lr=0, tokens_per_microbatch=tokens_per_microbatch)
-    return RewardModel(checkpoint=folder, model=ModelSection(), train=train)
+    return RewardModel(checkpoint=folder, model=ModelSection(), train=train, timeout_s=300)
 
 
 def theirs(folder: Path, dtype: torch.dtype = torch.float64) -> torch.nn.Module:

@@ -83,7 +83,7 @@ def test_a_run_leaves_a_reward_model(write: Callable[..., Path], tmp_path: Path,
     render = Renderer(Data(), load_tokenizer(chat_checkpoint))
     section = PairsSection(batch_size=1, steps=1)
     pairs, _ = tokenize_pairs(read_jsonl(tmp_path / "pairs" / "test.jsonl"), render, section)
-    judge = RewardModel(checkpoint=folder, model=ModelSection(), train=Train(lr=0))
+    judge = RewardModel(checkpoint=folder, model=ModelSection(), train=Train(lr=0), timeout_s=60)
     chosen, rejected = (judge.judge([getattr(pair, name) for pair in pairs]) for name in ("chosen", "rejected"))
     assert calibration["chosen"] == pytest.approx(sum(chosen) / 6)
     assert calibration["rejected"] == pytest.approx(sum(rejected) / 6)
