@@ -1,4 +1,4 @@
-"""The documented task of one's own, and the packaged GSM8K config, run as they are written, on a tiny model."""
+"""The documented task of one's own, and the packaged GSM8K configs, run as they are written, on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import datasets
 import pytest
 from command_line import ROOT, environment, metrics_of
 
+from rlhf.__main__ import main
+
 PAGE = ROOT / "docs" / "own_task.md"
-GSM8K = ROOT / "configs" / "gsm8k_grpo_1gpu.yaml"
+GSM8K = [pytest.param(file, id=file.stem) for file in sorted((ROOT / "configs").glob("gsm8k_*.yaml"))]
 QUESTIONS = [{"question": f"Ann has {n} apples and buys {n}.", "answer": f"{n}+{n}\n#### {2 * n}"} for n in range(12)]
 
 
@@ -90,6 +92,10 @@ def test_the_documented_reward_is_sound(text: str, value: float, valid: float) -
     assert reward(Completion("", text, (1,), "stop"), "billing") == Score(value, {"valid": valid})
 
 
+def test_the_packaged_configs_of_gsm8k_are_found() -> None:
+    assert [param.id for param in GSM8K] == ["gsm8k_grpo_1gpu", "gsm8k_ppo_1gpu", "gsm8k_ppo_8gpu"]
+
+
 @pytest.fixture
 def gsm8k(tmp_path: Path) -> list[str]:
     """Overrides for a local sample with the columns of GSM8K."""
@@ -98,10 +104,17 @@ def gsm8k(tmp_path: Path) -> list[str]:
     return [f"data.path={tmp_path / 'gsm8k'}", "data.subset=null"]
 
 
-def test_the_gsm8k_config_dry_runs_on_a_local_sample(tmp_path: Path, small: list[str], gsm8k: list[str]) -> None:
-    command = [sys.executable, "-m", "rlhf", "train", str(GSM8K), "--dry-run"]
-    said = run([*command, *small, *gsm8k], tmp_path)
+@pytest.mark.parametrize("config", GSM8K)
+def test_a_gsm8k_config_dry_runs_on_a_local_sample(
+    config: Path, chat_checkpoint: Path, tmp_path: Path, gsm8k: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its GPUs, ranks and memory; only the model is another one, of a shorter context."""
+    tiny = [f"model.path={chat_checkpoint}", "rollout.max_tokens=512", f"run.dir={tmp_path / 'runs'}"]
+    assert main(["train", str(config), "--dry-run", *tiny, *gsm8k]) == 0
+    said = capsys.readouterr().out
     assert "12 training prompts (0 dropped as too long), 3 held out" in said
+    assert ("colocated on 8 GPUs: policy 0-7" if "8gpu" in config.name else "colocated on 1 GPU: policy 0") in said
+    assert ("roles       policy (trainer + engine), reward, reference, critic;" in said) == ("ppo" in config.name)
     system = "<bos><|im_start|>system\nFinish with #### and the number.<|im_end|>\n<|im_start|>user\nAnn has "
     assert f"the first prompt, as the model sees it:\n{system}0" in said
     assert said.count("reward of an empty answer to 'Ann has ") == 4
@@ -109,9 +122,18 @@ def test_the_gsm8k_config_dry_runs_on_a_local_sample(tmp_path: Path, small: list
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_gsm8k_config_trains_on_a_local_sample(tmp_path: Path, small: list[str], gsm8k: list[str]) -> None:
-    run([sys.executable, "-m", "rlhf", "train", str(GSM8K), *small, *gsm8k], tmp_path)
-    rows = metrics_of(tmp_path / "runs" / "gsm8k-grpo" / "0001")
+@pytest.mark.parametrize("config", GSM8K)
+def test_a_gsm8k_config_trains_on_a_local_sample(
+    config: Path, tmp_path: Path, small: list[str], gsm8k: list[str]
+) -> None:
+    ppo = "ppo" in config.name
+    shorter = ["algorithm.critic_warmup_steps=1"] * ppo  # 5 as packaged: the policy would not learn in two steps
+    assert main(["train", str(config), *small, *gsm8k, *shorter]) == 0
+    (folder,) = (tmp_path / "runs").glob("gsm8k-*/0001")
+    rows = metrics_of(folder)
     assert [row["step"] for row in rows] == [1, 2] and {row["eval/step"] for row in rows} == {0, 2}
     for row in rows:
-        assert row["reward/part/right"] <= row["reward/mean"] <= 1 and row["rollout/logprob_gap_max"] == 0.0
+        assert row["reward/part/right"] <= row["reward/mean"] <= 1
+        assert not ppo or (row["critic/lr"] > 0 and row["rollout/kl_coef"] == 0.001)
+    assert all(row["rollout/logprob_gap_max"] == 0.0 < row["policy/lr"] for row in rows[ppo:])
+    assert (folder / "checkpoints" / "latest" / "critic" / "hf" / "model.safetensors").exists() == ppo

@@ -45,9 +45,11 @@ def reward(completion):
 """
 
 GRPO = ["algorithm.kl_coef=0.05", "algorithm.updates_per_rollout=2", "reward.shuffle=true"]
-PPO = ["algorithm.name=ppo", "algorithm.kl_target=0.001", "algorithm.kl_coef=0.05", "algorithm.epochs=1"]
+# No KL reaches its target: the coefficient is halved again and again, and never what it was before.
+ADAPTIVE = ["algorithm.kl_coef=0.05", "algorithm.kl_target=1000"]
+PPO = ["algorithm.name=ppo", *ADAPTIVE, "algorithm.epochs=1"]
 PPO += ["algorithm.critic_warmup_steps=2"]  # at the first of the checkpoints below the policy has taken no step
-DAPO = ["algorithm.name=dapo", "algorithm.kl_coef=0.05", "algorithm.kl_target=0.001"]
+DAPO = ["algorithm.name=dapo", *ADAPTIVE]
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,13 @@ def test_more_steps_are_as_if_they_had_been_asked_for_at_first(make_config: Call
     whole = launch(make_config(*overrides, "run.steps=4")).folder
     assert metrics_of(folder) == metrics_of(whole) and files_of(folder) == files_of(whole)
     assert load_config(folder / "config.yaml").run.steps == 4
+
+
+@pytest.mark.parametrize("whole", ["ppo", "dapo"], indirect=True)
+def test_the_kl_coefficient_had_moved_where_a_run_above_resumes(whole: tuple[list[str], Path]) -> None:
+    """In step 5 that of both, in step 3 that of DAPO: PPO's waits while the critic warms up."""
+    halvings = [0, 0, 0, 1, 2] if "algorithm.name=ppo" in whole[0] else [0, 1, 2, 3, 4]
+    assert [row["rollout/kl_coef"] for row in metrics_of(whole[1])] == [0.05 / 2**n for n in halvings]
 
 
 @pytest.mark.parametrize("whole", ["dapo"], indirect=True)
