@@ -29,6 +29,7 @@ __all__ = [
     "attend_paged",
     "distribution",
     "geglu",
+    "invariant_linear",
     "linear",
     "logits",
     "packed_attention",
@@ -48,6 +49,7 @@ add_rms_norm = dispatched(reference.add_rms_norm)
 attend_blocks = dispatched(reference.attend_blocks)
 attend_paged = dispatched(reference.attend_paged)
 geglu = dispatched(reference.geglu)
+invariant_linear = dispatched(reference.invariant_linear)
 linear = dispatched(reference.linear)
 logits = dispatched(reference.logits)
 packed_attention = dispatched(reference.packed_attention)

@@ -22,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "attend_blocks",
     "attend_paged",
+    "invariant_linear",
     "linear",
     "logits",
     "packed_attention",
@@ -78,6 +79,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _needs_grad(x, weight, *(() if bias is None else (bias,)))
         else ops.linear(x, weight, bias)
     )
+
+
+invariant_linear = linear
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -28,6 +28,7 @@ from kernels.reference.attention import (
 from kernels.reference.dense import (
     add_rms_norm,
     geglu,
+    invariant_linear,
     linear,
     rms_norm,
     rope,
@@ -49,6 +50,7 @@ __all__ = [
     "attend_paged",
     "distribution",
     "geglu",
+    "invariant_linear",
     "linear",
     "logits",
     "packed_attention",

@@ -32,6 +32,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` where a row's bits must not depend on the others, on a GPU too, at a price in speed there.
+
+    x [T, in], weight [out, in], bias [out], one dtype -> [T, out]. Sums in fp32, rounds once. Its gradients are
+    those of any linear layer, and not row-invariant.
+    """
+    return linear(x, weight, bias)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:

@@ -6,8 +6,9 @@ anew because a batch is longer; there is no autotuning at run time: ``tiles.py``
 """
 
 from kernels.triton.activations import geglu, swiglu
+from kernels.triton.matmul import invariant_linear
 from kernels.triton.norms import add_rms_norm, rms_norm
 from kernels.triton.rope import rope
 from kernels.triton.rope_store import rope_store
 
-__all__ = ["add_rms_norm", "geglu", "rms_norm", "rope", "rope_store", "swiglu"]
+__all__ = ["add_rms_norm", "geglu", "invariant_linear", "rms_norm", "rope", "rope_store", "swiglu"]
