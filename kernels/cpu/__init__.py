@@ -82,8 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
 
 
-def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, weight, bias)
+invariant_linear = linear
 
 
 class _RMSNorm(torch.autograd.Function):

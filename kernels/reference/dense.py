@@ -33,7 +33,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`linear` of which that is required: no faster implementation may let a row's bits depend on the others."""
+    """:func:`linear` where a row's bits must not depend on the others, on a GPU too, at a price in speed there.
+
+    x [T, in], weight [out, in], bias [out], one dtype -> [T, out]. Sums in fp32, rounds once. Its gradients are
+    those of any linear layer, and not row-invariant.
+    """
     return linear(x, weight, bias)
 
 

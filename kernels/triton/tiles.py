@@ -20,13 +20,35 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def row_warps(block: int) -> int:
-    """Warps of a program that holds one row of ``block`` elements: 16 bytes a thread and load, at most 16 warps."""
+    """Warps of a program that holds ``block`` elements: 16 bytes a thread and load, at most 16 warps."""
     return min(16, max(1, block // 256))
+
+
+def rows_per_program(block: int) -> int:
+    """Rows of ``block`` elements that a program holds at a time.
+
+    So many that it has 4 KB of bf16 under way: a row of 128, of a head's norm, would keep half a warp busy, and a
+    multiprocessor holds no more than 32 programs. Never a matter of how many rows there are: a row's bits would be.
+    """
+    return max(1, 2048 // block)
 
 
 def heads_per_program(heads: int, half: int) -> int:
     """Heads of a token that a program turns, ``half`` pairs each: up to 1024 pairs, 16 bytes a thread and load."""
     return min(triton.next_power_of_2(heads), max(1, 1024 // half))
+
+
+def resident_programs(size: int) -> int:
+    """Programs that a multiprocessor is to hold at once, if each goes over many pieces of ``size`` bytes, one by one.
+
+    24 KB under way keep memory busy while some of the programs wait for their sums.
+    """
+    return triton.cdiv(24576, size)
+
+
+def register_limit(programs: int, warps: int) -> int:
+    """Registers a thread may have, so that a multiprocessor holds so many programs of so many warps."""
+    return min(255, 65536 // (32 * warps * programs) // 8 * 8)
 
 
 @dataclass(frozen=True)

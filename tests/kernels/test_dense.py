@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kernels import (
     add_rms_norm,
     geglu,
+    invariant_linear,
     linear,
     rms_norm,
     rope,
@@ -324,3 +325,9 @@ def test_linear_keeps_its_bits_at_model_like_sizes(
     whole = linear(x, weight)
     for begin, end in ((0, 1), (1023, 1024), (5, 18), (64, 128), (3, 700)):
         assert torch.equal(linear(x[begin:end], weight), whole[begin:end])
+
+
+def test_invariant_linear_is_linear_on_a_cpu_where_that_is_invariant() -> None:
+    x, weight, bias = randn(13, 40), randn(9, 40, seed=1), randn(9, seed=2)
+    assert torch.equal(invariant_linear(x, weight, bias), linear(x, weight, bias))
+    assert gap(invariant_linear(x, weight, bias), naive_linear(x.double(), weight.double(), bias.double())) < FORWARD

@@ -8,13 +8,24 @@ from kernels.triton.norms import add_rms_norm, rms_norm
 
 PRODUCTS: dict[str, str] = {}
 SPILLS: dict[str, str] = {}
+VARIANTS = {"_rms_norm_kernel": 2, "_rms_norm_backward_kernel": 2}  # of heads, and of rows with a residual
+
+
+def norm(tokens: int, width: int, dtype: torch.dtype) -> None:
+    """A layer's norms: of the residual, with an offset, and of rows or the heads of a fused projection."""
+    weight = torch.zeros(width, dtype=dtype, requires_grad=True)
+    x = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
+    sum(add_rms_norm(x, x, weight, 1e-6, offset=True)).sum().backward()
+    rows = torch.zeros(tokens, 48, width, dtype=dtype, requires_grad=True)[:, :32] if width <= 256 else x
+    rms_norm(rows, weight, 1e-6).sum().backward()
 
 
 def launch() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for width in (128, 4096, 8192):
-            x = torch.zeros(8, width, dtype=dtype, requires_grad=True)
-            weight = torch.zeros(width, dtype=dtype, requires_grad=True)
-            for offset in (False, True):
-                rms_norm(x, weight, 1e-6, offset).sum().backward()
-                sum(add_rms_norm(x, x, weight, 1e-6, offset)).sum().backward()
+            norm(8, width, dtype)
+    norm(8, 16384, torch.bfloat16)
+
+
+def launch_batch(tokens: int) -> None:
+    norm(tokens, 128, torch.bfloat16)
