@@ -9,7 +9,7 @@ from kernels.triton.activations import geglu, swiglu
 from kernels.triton.kv_store import store_kv
 from kernels.triton.logits import logits
 from kernels.triton.logprobs import token_logprobs
-from kernels.triton.matmul import invariant_linear
+from kernels.triton.matmul import invariant_linear, linear
 from kernels.triton.norms import add_rms_norm, rms_norm
 from kernels.triton.packed_attention import packed_attention
 from kernels.triton.paged_attention import attend_blocks, attend_paged
@@ -23,6 +23,7 @@ __all__ = [
     "attend_paged",
     "geglu",
     "invariant_linear",
+    "linear",
     "logits",
     "packed_attention",
     "philox_uniform",

@@ -43,7 +43,7 @@ def test_refuses_a_linear_that_depends_on_the_batch(
     threads: int, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_threads(threads)
-    monkeypatch.setattr(exactness, "linear", linear_with_company)
+    monkeypatch.setattr(exactness, "invariant_linear", linear_with_company)
     with pytest.raises(RuntimeError, match=rf"linear 24 -> 64 differs by .* \({threads} threads.*numerics: fast"):
         check({(64, 24)})
 
@@ -51,7 +51,7 @@ def test_refuses_a_linear_that_depends_on_the_batch(
 @pytest.mark.parametrize(
     "attribute, named",
     [
-        ("linear", "linear 16 -> 32"),
+        ("invariant_linear", "linear 16 -> 32"),
         ("rms_norm", "rms_norm of width 16"),
         ("swiglu", "swiglu of width 32"),
         ("geglu", "geglu of width 32"),
@@ -73,8 +73,8 @@ def test_names_the_op_that_depends_on_the_batch(attribute: str, named: str, monk
 def test_notices_an_attention_that_reads_the_wrong_page(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = exactness.plan_tiles
 
-    def wrong(queries: Any, contexts: Any, tables: Any, *rest: Any) -> Any:
-        return sound(queries, contexts, [[0, 1, 2]], *rest)
+    def wrong(queries: Any, contexts: Any, tables: Any, *rest: Any, **named: Any) -> Any:
+        return sound(queries, contexts, [[0, 1, 2]], *rest, **named)
 
     monkeypatch.setattr(exactness, "plan_tiles", wrong)
     with pytest.raises(RuntimeError, match="but attention differs"):
@@ -83,7 +83,7 @@ def test_notices_an_attention_that_reads_the_wrong_page(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_one_bit_in_one_row_is_enough(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = exactness.linear
+    sound = exactness.invariant_linear
 
     def nudged(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         out = sound(x, weight, *bias)
@@ -91,18 +91,18 @@ def test_one_bit_in_one_row_is_enough(rows: int, monkeypatch: pytest.MonkeyPatch
             out[-1, 0] = torch.nextafter(out[-1, 0], torch.tensor(torch.inf))
         return out
 
-    monkeypatch.setattr(exactness, "linear", nudged)
+    monkeypatch.setattr(exactness, "invariant_linear", nudged)
     with pytest.raises(RuntimeError, match="linear 16 -> 32"):
         check({(32, 16)})
 
 
 def test_notices_a_bias_that_depends_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = exactness.linear
+    sound = exactness.invariant_linear
 
     def with_company(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         return sound(x, weight, *(b * (1 + 1e-5 * len(x)) for b in bias))
 
-    monkeypatch.setattr(exactness, "linear", with_company)
+    monkeypatch.setattr(exactness, "invariant_linear", with_company)
     with pytest.raises(RuntimeError, match="linear 16 -> 32 with a bias"):
         check({(32, 16)})
 
@@ -111,8 +111,8 @@ def test_notices_a_window_that_depends_on_the_chunks(monkeypatch: pytest.MonkeyP
     """Planned a block too narrow, single tokens lose keys that a longer tile still sees."""
     sound = exactness.plan_tiles
 
-    def narrow(queries: Any, contexts: Any, tables: Any, device: torch.device, window: int | None) -> Any:
-        return sound(queries, contexts, tables, device, window and 2)
+    def narrow(queries: Any, contexts: Any, tables: Any, device: torch.device, window: int | None, exact: bool) -> Any:
+        return sound(queries, contexts, tables, device, window and 2, exact)
 
     monkeypatch.setattr(exactness, "plan_tiles", narrow)
     monkeypatch.setattr(exactness, "attend_paged", reference.attend_paged)  # the C++ twin reads no tiles
