@@ -1,4 +1,4 @@
-"""One thread unless a test asks for more: two threads on two busy cores wait for each other. And a tiny chat model."""
+"""One thread unless a test asks for more: two threads on two busy cores wait for each other. And tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -73,3 +73,18 @@ def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "hf"
     save_model(Model(decoder, hf_config, tokenizer, (2,)), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model for `recipes.arithmetic` with a random head; a score of 0.25 counts as 1/2."""
+    from recipes import arithmetic
+    from rollout_engine.models.checkpoint import load_scalar_model, save_model
+
+    folder = tmp_path_factory.mktemp("judge")
+    arithmetic.initial_model(folder / "language_model", 0)
+    model = load_scalar_model(folder / "language_model")
+    torch.nn.init.normal_(model.decoder.score.weight, generator=torch.Generator().manual_seed(0))
+    save_model(model, folder / "hf")
+    (folder / "hf" / "calibration.json").write_text('{"midpoint": 0.25}')
+    return folder / "hf"

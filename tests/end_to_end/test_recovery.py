@@ -1,136 +1,213 @@
-"""kill -9 of a role's process, in any phase: the run goes on by itself, and nothing in its metrics shows it."""
+"""kill -9 of a role's process, in any phase: the run goes on by itself, and nothing in its results shows it."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import CONFIG, ROOT, SMALL, command, environment, metrics_of
 
+from rlhf.cluster.ray import RayCluster
+from rlhf.cluster.watchdog import process_state
 from rlhf.config import load_config
 from rlhf.launch import launch
 from rlhf.tracking import Tracker
 
 MOVING = ("time/", "throughput/", "memory/", "swap/gib_per_s")
-PPO = ["algorithm.name=ppo", "algorithm.kl_target=0.001", "algorithm.epochs=1", "train.lr=1e-3"]
+PPO = ["algorithm.name=ppo", "algorithm.epochs=1", "algorithm.kl_coef=0.02", "train.lr=1e-3"]
+PPO += ["algorithm.kl_target=1000"]  # no KL reaches it: the coefficient is halved after every step
+
+# Pays for every 5, and takes its time, so that it can be found at work.
 FIVES = """
+import time
 from recipes.arithmetic import initial_model, prompts
 
 def reward(completion):
+    time.sleep(0.05)
     return completion.text.count("5") / 5
 """
 
+# The call that a role is at work on (*) in each phase of step 2, or else its next one, in which it is missed.
+PHASES = ("generate", "reward", "score", "train", "swap", "evaluate", "checkpoint")
+CALLS = {
+    "policy": "generate()* score() score()* update()* publish() generate()* save_state()*",
+    "critic": "score() score() score()* update()* usage usage save_state()*",
+    "reference": "score() score() score()* usage usage usage score()",
+    "reward": "submit() collect()* submit() submit() submit() collect()* submit()",
+    "reward_model": "judge() judge()* judge() judge() judge() judge()* judge()",
+}
+KILLS = [(role, *kill) for role, calls in CALLS.items() for kill in zip(PHASES, calls.split(), strict=True)]
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+def run(tmp_path_factory: pytest.TempPathFactory, random_judge: Path) -> Iterator[Callable[..., Path]]:
     """Runs three steps with a checkpoint after each, in this process but for the roles; the run folder."""
-    os.environ["PYTHONPATH"], before = str(ROOT), os.environ.get("PYTHONPATH")
     recipe = tmp_path_factory.mktemp("recipe") / "fives.py"
     recipe.write_text(FIVES)
 
     def run(*overrides: str) -> Path:
         settings = [f"recipe.path={recipe}", f"run.dir={tmp_path_factory.mktemp('runs')}", "tracking.wandb=disabled"]
-        return launch(load_config(CONFIG, [*SMALL, *settings, "checkpoint.every=1", *overrides])).folder
+        settings += [f"reward.models={{taste: {random_judge}}}", "checkpoint.every=1"]
+        return launch(load_config(CONFIG, [*SMALL, *settings, *overrides])).folder
 
-    yield run
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        yield run
+
+
+class Killer:
+    """Sends ``by`` to the newest process of a role, once: amid ``call``, where that ends in a *, or else at once.
+
+    What the process is at work on is read from its phase file while it is stopped.
+    """
+
+    def __init__(self, role: str, call: str, rank: int, by: signal.Signals) -> None:
+        self.name = f"{role}-{rank}"
+        self.amid = call.removesuffix("*") if call.endswith("*") else ""
+        self.by = by
+        self.struck = self.too_late = False
+
+    @contextmanager
+    def strikes(self, roles: Path) -> Iterator[None]:
+        """While this goes on. ``roles``: where their logs are."""
+        hunt = threading.Thread(target=self._hunt, args=[roles])
+        hunt.start()
+        if not self.amid:
+            hunt.join()
+        try:
+            yield
+        finally:
+            self.too_late = True
+            hunt.join()
+
+    def _hunt(self, roles: Path) -> None:
+        while not (self.struck or self.too_late):
+            if self._is_at_it(roles):
+                pid = int(re.findall(r"role \S+: pid (\d+)", (roles / f"{self.name}.log").read_text())[-1])
+                os.kill(pid, signal.SIGSTOP)
+                while process_state(pid) != "T":
+                    time.sleep(1e-4)
+                self.struck = self._is_at_it(roles)
+                os.kill(pid, self.by if self.struck else signal.SIGCONT)
+            time.sleep(2e-4)
+
+    def _is_at_it(self, roles: Path) -> bool:
+        phase = roles / f"{self.name}.phase"
+        return phase.exists() and phase.read_text().startswith(self.amid)
 
 
 @contextmanager
-def kill(role: str, at: tuple[int, str], delay_s: float, by: signal.Signals = signal.SIGKILL) -> Iterator[list[int]]:
-    """The newest process of ``role`` dies, once, ``delay_s`` after the beginning of a phase of a step; which step."""
-    phase, killed = Tracker.phase, []
+def kill(role: str, phase: str, call: str, *, rank: int = 0, by: signal.Signals = signal.SIGKILL) -> Iterator[None]:
+    """The role's process dies in a phase of step 2, or (``build``) while it is built; that it did is asserted."""
+    killer, enter, spawn = Killer(role, call, rank, by), Tracker.phase, RayCluster.spawn
 
-    def strike(run_folder: Path) -> None:
-        pids = re.findall(rf"role {role}: pid (\d+)", (run_folder / "roles" / f"{role}-0.log").read_text())
-        os.kill(int(pids[-1]), by)
+    def strikes(now: bool, roles: Path) -> Any:
+        return killer.strikes(roles) if now and not killer.struck else nullcontext()
 
-    def struck(self: Tracker, step: int, times: dict[str, float], name: str) -> Any:
-        if (step, name) == at and not killed:
-            killed.append(step)
-            threading.Timer(delay_s, strike, [self.run.path]).start()
-        return phase(self, step, times, name)
+    @contextmanager
+    def entering(self: Tracker, step: int, times: dict[str, float], name: str) -> Iterator[None]:
+        with enter(self, step, times, name), strikes((step, name) == (2, phase), self.run.path / "roles"):
+            yield
+
+    def spawning(self: RayCluster, name: str, *args: Any, **kwargs: Any) -> Any:
+        with strikes((name, phase) == (role, "build"), self.log_folder):
+            return spawn(self, name, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tracker, "phase", struck)
-        yield killed
+        patch.setattr(Tracker, "phase", entering)
+        patch.setattr(RayCluster, "spawn", spawning)
+        yield
+    assert killer.struck, f"{role} was not to be found amid {call} in {phase}"
 
 
 def fixed(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(MOVING)} for row in metrics_of(folder)]
 
 
-def check(folder: Path, uninterrupted: Path, role: str) -> None:
-    assert fixed(folder) == fixed(uninterrupted)
-    weights = "checkpoints/latest/hf/model.safetensors"
-    assert (folder / weights).read_bytes() == (uninterrupted / weights).read_bytes()
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """Everything that the last checkpoint has learnt, by file."""
+    latest = (folder / "checkpoints" / "latest").resolve()
+    return {str(file.relative_to(latest)): file.read_bytes() for file in latest.rglob("*.safetensors")}
+
+
+def check(folder: Path, uninterrupted: Path, *deaths: tuple[str, str]) -> None:
+    """These roles died during these calls, in this order, and nothing is otherwise for it."""
     log = (folder / "train.log").read_text()
-    assert re.search(rf"role {role} \(pid \d+\) died during", log) and "restart 1 of at most 3" in log
-    assert "restart 2" not in log
+    assert re.findall(r"^role (.+) \(pid \d+\) died during (.+);", log, re.M) == list(deaths)
+    assert log.count("restart ") == len(deaths) and f"restart {len(deaths)} of at most 3" in log
+    assert fixed(folder) == fixed(uninterrupted)
+    assert weights_of(folder) == weights_of(uninterrupted)
 
 
-def test_a_killed_policy_is_no_end(run: Callable[..., Path]) -> None:
+def test_a_killed_reward_model_and_a_killed_policy_are_no_end(run: Callable[..., Path]) -> None:
     whole = run("cluster.kind=local")
-    with kill("policy", (2, "train"), 0.0) as killed:
+    with kill("reward_model", "reward", "judge()*"), kill("policy", "train", "update()*"):
         folder = run("cluster.kind=ray")
-    assert killed
-    check(folder, whole, "policy")
+    check(folder, whole, ("reward_model", "judge()"), ("policy", "update()"))
+    assert set(weights_of(folder)) == {"hf/model.safetensors"}
 
 
 @pytest.fixture(scope="module")
 def whole(run: Callable[..., Path]) -> Path:
-    return run(*PPO, "cluster.kind=local")
+    folder = run(*PPO, "cluster.kind=local")
+    assert [row["rollout/kl_coef"] for row in metrics_of(folder)] == [0.02, 0.01, 0.005]
+    assert set(weights_of(folder)) == {"hf/model.safetensors", "critic/hf/model.safetensors"}
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("role", "phase", "call"), KILLS)
+def test_killed_roles_in_all_phases(run: Callable[..., Path], whole: Path, role: str, phase: str, call: str) -> None:
+    with kill(role, phase, call):
+        folder = run(*PPO, "cluster.kind=ray")
+    check(folder, whole, (role, call.removesuffix("*")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", list(CALLS))
+def test_roles_killed_while_they_are_built(run: Callable[..., Path], whole: Path, role: str) -> None:
+    with kill(role, "build", "build*"):
+        folder = run(*PPO, "cluster.kind=ray")
+    check(folder, whole, (role, "its build"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("role", "phase"),
+    ("role", "rank", "overrides"),
     [
-        *itertools.product(("policy", "critic", "reference", "reward"), ("generate", "score", "train")),
-        *itertools.product(("policy", "critic"), ("swap", "evaluate", "checkpoint")),
+        ("policy", 0, ["train.zero_stage=1"]),
+        ("policy", 0, ["train.zero_stage=2"]),
+        ("policy", 0, ["train.zero_stage=3"]),
+        ("critic", 1, [*PPO, "train.zero_stage=2", "reference.ranks=1"]),
     ],
 )
-def test_killed_roles_in_all_phases(run: Callable[..., Path], whole: Path, role: str, phase: str) -> None:
-    """Some are idle then, and missed in the next phase that needs them."""
-    with kill(role, (2, phase), 0.02) as killed:
-        folder = run(*PPO, "cluster.kind=ray")
-    assert killed
-    check(folder, whole, role)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_recover_too(run: Callable[..., Path], stage: int) -> None:
+def test_two_ranks_recover_too(run: Callable[..., Path], role: str, rank: int, overrides: list[str]) -> None:
     """Each rank has a share of the optimizer; the other one is in the middle of a collective when its peer dies."""
-    overrides = ["cluster.kind=ray", "cluster.ranks=2", f"train.zero_stage={stage}", "train.lr=1e-3"]
+    overrides = ["cluster.kind=ray", "cluster.ranks=2", "reward_model.ranks=1", "train.lr=1e-3", *overrides]
     whole = run(*overrides)
-    with kill("policy", (2, "train"), 0.02) as killed:
+    with kill(role, "train", "update()*", rank=rank):
         folder = run(*overrides)
-    assert killed
-    assert fixed(folder) == fixed(whole)
-    assert "restart 1 of at most 3" in (folder / "train.log").read_text()
+    check(folder, whole, (f"{role} rank {rank}", "update()"))
 
 
 @pytest.mark.slow
 def test_a_role_that_hangs_is_started_anew(run: Callable[..., Path], whole: Path) -> None:
-    with kill("critic", (2, "train"), 0.0, by=signal.SIGSTOP) as killed:
+    with kill("critic", "train", "update()*", by=signal.SIGSTOP):
         folder = run(*PPO, "cluster.kind=ray", "cluster.timeout_s=40")
-    assert killed and fixed(folder) == fixed(whole)
+    assert fixed(folder) == fixed(whole) and weights_of(folder) == weights_of(whole)
     log = (folder / "train.log").read_text()
-    assert re.search(r"role critic \(pid \d+\) did not finish", log) and "restart 1 of at most 3" in log
+    assert re.search(r"role critic \(pid \d+\) did not finish update\(\)", log)
+    assert log.count("restart ") == 1 and "restart 1 of at most 3" in log
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from reward_http import FakeModel, Serve
 
@@ -21,7 +20,6 @@ from rlhf.judging import spawn_judges
 from rlhf.launch import dry_run, launch
 from rlhf.report import before_and_after, draw_curve
 from rlhf.types import Completion, Prompt, Score, Trajectory
-from rollout_engine.models.checkpoint import load_scalar_model, save_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "arithmetic_grpo_cpu.yaml"
 SMALL = ["run.steps=1", "warm_start.steps=0", "rollout.prompts_per_step=4", "rollout.kv_cache_gib=0.02",
@@ -47,14 +45,9 @@ def configure(tmp_path: Path) -> Configure:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """Of a reward model with the policy's tokenizer."""
-    arithmetic.initial_model(tmp_path / "policy", 0)
-    model = load_scalar_model(tmp_path / "policy")
-    torch.nn.init.normal_(model.decoder.score.weight)
-    save_model(model, tmp_path / "judge")
-    (tmp_path / "judge" / "calibration.json").write_text('{"midpoint": 0.25}')
-    return tmp_path / "judge"
+def checkpoint(random_judge: Path, tmp_path: Path) -> Path:
+    """Of a reward model with the policy's tokenizer; a test may damage it."""
+    return shutil.copytree(random_judge, tmp_path / "judge")
 
 
 def lose_calibration(folder: Path) -> None:
