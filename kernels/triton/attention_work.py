@@ -6,7 +6,8 @@ An item is a span of keys for neighbouring query tokens, of one KV head each tim
 * a decode row (or a few new tokens): its keys, a program per ``SPLIT`` of them. The size of a split is fixed, and not
   their number, so that a row's bits don't depend on what else is in the batch;
 * a cascade: decode rows next to each other whose tables begin alike, the samples of a prompt, go over those blocks as
-  one tile, and each over the rest by itself.
+  one tile, and each over the rest by itself. The bits of such a row do depend on its neighbours; not in an exact plan,
+  which has no cascades and no splits, and one height of tile.
 
 Where a token has several items, each leaves its part in memory, and a second kernel merges them in order.
 """
@@ -87,7 +88,7 @@ def divide(
 
     ``group``: query heads a KV head; a tile of M rows holds M // group tokens. ``block``: keys of a table's entry.
     ``heights``: rows of the tiles that there are, lowest first. ``step``: keys that a program takes at a time; spans
-    begin at multiples of it, but for what follows a shared prefix.
+    begin at multiples of it, or after a shared prefix: with a block's first key.
     Raises ValueError where a table has too few entries.
     """
     batch = _Batch(plan.queries.numpy(), plan.contexts.numpy(), plan.tables.numpy(), group, window, step)

@@ -68,20 +68,20 @@ def _attend(
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Go over keys begin to end, a step at a time; without MASKED every row sees all of them."""
+    """Go over keys begin to end, a step at a time, from a block's first; without MASKED every row sees all of them."""
     k_cache += head.to(tl.int64) * head_stride
     v_cache += head.to(tl.int64) * head_stride
     n = tl.arange(0, BLOCK_N)
     # A step's blocks are looked up one step ahead. Looked up when needed, they would take the stages of the pipeline
     # that keys and values want.
-    ahead = tl.load(table + (begin + n) // BLOCK, mask=begin + n < stop, other=0)
+    ahead = tl.load(table + begin // BLOCK + n // BLOCK, mask=begin + n < stop, other=0)
     for first in range(begin, end, BLOCK_N):
         key = first + n
         seen = key < stop
         block = ahead
-        ahead = tl.load(table + (key + BLOCK_N) // BLOCK, mask=key + BLOCK_N < stop, other=0)
+        ahead = tl.load(table + (first + BLOCK_N) // BLOCK + n // BLOCK, mask=key + BLOCK_N < stop, other=0)
         page = block // per_page
-        slot = block % per_page * BLOCK + key % BLOCK
+        slot = block % per_page * BLOCK + n % BLOCK
         offset = page.to(tl.int64) * page_stride + slot.to(tl.int64) * slot_stride
         k = _rows_of(k_cache, offset, seen, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(_as(k, q.dtype)), input_precision="ieee")

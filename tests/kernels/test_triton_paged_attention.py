@@ -70,6 +70,13 @@ def test_lengths_at_the_borders_of_splits(length: int, device: torch.device) -> 
     check(make_batch([1, 2, 1], [length, length, 5], heads=(2, 1), dim=16, device=device))
 
 
+def test_more_parts_than_are_merged_at_a_time(device: torch.device) -> None:
+    batch = make_batch([1], [17 * SPLIT + 5], heads=(1, 1), dim=16, device=device)
+    batch.keys[0][-5:] = 3 * batch.q  # the largest scores come last
+    batch.k_cache[batch.tables[0][-1], :, :5] = 3 * batch.q
+    check(batch)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scale_softcap_and_window(name: str, dtype: torch.dtype, device: torch.device) -> None:

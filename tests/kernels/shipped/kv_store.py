@@ -24,3 +24,8 @@ def launch() -> None:
             scale = torch.zeros(2, heads, 32)
             scales = None if stored is dtype else (scale, scale)
             store_kv(fused[:, :heads], fused[:, heads : 2 * heads], cache, cache, slots, scales)
+
+
+def launch_batch(tokens: int) -> None:
+    k, cache = torch.zeros(tokens, 2, 64, dtype=torch.bfloat16), torch.zeros(2, 2, 32, 64, dtype=torch.bfloat16)
+    store_kv(k, k, cache, cache, torch.zeros(tokens, dtype=torch.int64))

@@ -22,6 +22,7 @@ def product(constants: str) -> str | None:
 
 
 PRODUCTS = {"_attend_kernel": product}
+VARIANTS = {"_attend_kernel": 3}  # heights of tiles
 
 
 def attend(
