@@ -1,6 +1,6 @@
 """Attention contexts: the one argument by which trainer and engine differ.
 
-A layer calls ``ctx.attend(layer, q, k, v, kind)`` and knows nothing else. Contexts are immutable and built
+A layer calls ``ctx.attend(layer, q, k, v, cos, sin, kind)`` and knows nothing else. Contexts are immutable and built
 once per forward. On CUDA without Triton both run torch's fused attention (``fused``), but for soft-capped layers,
 which it lacks.
 """
@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import KV_BLOCK, AttentionKind, AttentionPlan, attend_paged, packed_attention, plan_tiles, store_kv
+from kernels import (
+    KV_BLOCK,
+    AttentionKind,
+    AttentionPlan,
+    attend_blocks,
+    packed_attention,
+    plan_tiles,
+    rope,
+    rope_store,
+)
 from kernels.dispatch import uses_triton
 from kernels.reference import Spans
 from kernels.torch_attention import varlen_attention
@@ -26,8 +35,10 @@ class AttentionContext(Protocol):
     def positions(self) -> Tensor:
         """[T] int64 position of each token in its sequence."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D], already rotated -> [T, Hq, D]."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kind: AttentionKind
+    ) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D], and what turns q and k, each [T, R/2] -> [T, Hq, D]."""
 
 
 class TilePlans:
@@ -108,7 +119,10 @@ class PackedAttention:
             (Spans.of(own, device), Spans.of(lens, device)) if use_fused else None,
         )
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kind: AttentionKind
+    ) -> Tensor:
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
         if self.source is not None:
             k, v = k[self.source], v[self.source]
         if self.spans is not None and kind.softcap is None:
@@ -156,11 +170,13 @@ class PagedAttention:
         new = torch.from_numpy(positions).to(device)
         return cls(new, slots_of(rows, positions), k_cache, v_cache, plans, spans, context_slots)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: AttentionKind) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kind: AttentionKind
+    ) -> Tensor:
         k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
+        q = rope_store(q, k, v, cos, sin, k_cache, v_cache, self.slots)
         if self.spans is None or self.context_slots is None or kind.softcap is not None:
-            return attend_paged(q, k, v, k_cache, v_cache, self.slots, self.plans[kind.window], kind)
-        store_kv(k, v, k_cache, v_cache, self.slots)
+            return attend_blocks(q, k_cache, v_cache, self.plans[kind.window], kind)
         page, offset = self.context_slots // k_cache.shape[2], self.context_slots % k_cache.shape[2]
         return varlen_attention(q, k_cache[page, :, offset], v_cache[page, :, offset], *self.spans, kind)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import add_rms_norm, geglu, invariant_linear, linear, logits, rms_norm, rope, swiglu, token_logprobs
+from kernels import add_rms_norm, geglu, invariant_linear, linear, logits, rms_norm, swiglu, token_logprobs
 from rollout_engine.models.config import DecoderConfig
 from rollout_engine.models.context import AttentionContext
 from rollout_engine.models.rope import cos_sin
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = ctx.attend(self.layer, rope(q, cos, sin), rope(k, cos, sin), v, self.kind)
+        out = ctx.attend(self.layer, q, k, v, cos, sin, self.kind)
         return self.o_proj(out.reshape(len(x), -1))
 
 
