@@ -31,10 +31,11 @@ def attend(
     dtype: torch.dtype,
     kind: AttentionKind = CAUSAL,
     stored: torch.dtype | None = None,
+    page: int = 32,
 ) -> None:
     group, dim = shape
     q = torch.zeros(int(plan.queries.sum()), 2 * group, dim, dtype=dtype)
-    cache, scale = torch.zeros(4, 2, 32, dim, dtype=stored or dtype), torch.zeros(4, 2, 32)
+    cache, scale = torch.zeros(4, 2, page, dim, dtype=stored or dtype), torch.zeros(4, 2, page)
     attend_blocks(q, cache, cache, plan, kind, scales=None if stored is None else (scale, scale))
 
 
@@ -50,6 +51,7 @@ def launch() -> None:
     for shape in (LLAMA, QWEN):
         attend(mixed(shape[0]), shape, bf16)
         attend(mixed(shape[0]), shape, torch.float32)
+    attend(mixed(4), LLAMA, bf16, page=64)  # with pages of one block the compiler leaves their arithmetic out
     attend(mixed(4, 4096), LLAMA, bf16, AttentionKind(window=4096))
     attend(plan_tiles([1, 70], [90, 70], [[0, 1, 2]] * 2, exact=True), LLAMA, bf16)
     attend(mixed(2), GEMMA, bf16, AttentionKind(softcap=50.0))
