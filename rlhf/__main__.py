@@ -25,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="run a config")
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("--dry-run", action="store_true", help="check, print the plan and try the reward; start nothing")
-    train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder instead of starting one")
     reward_model = commands.add_parser("reward-model", help="train a reward model on preference pairs")
-    reward_model.add_argument("config", help="YAML file")
+    reward_model.add_argument("config", nargs="?", help="YAML file")
     reward_model.add_argument("--dry-run", action="store_true", help="check and print the plan; start nothing")
     for command in (train, reward_model):
+        command.add_argument(
+            "--resume", metavar="RUN", help="go on with the run in this folder instead of starting one"
+        )
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     init = commands.add_parser("init", help="print a packaged config, a starting point of your own")
     init.add_argument("name", nargs="?", help="leave out to list them")
@@ -65,15 +67,11 @@ def _train(args: argparse.Namespace) -> int:
     from rlhf.config import load_config
 
     if args.resume is not None:
-        if args.dry_run:
-            raise ValueError("--dry-run tries a config, and --resume goes on with a run; give one of the two")
+        overrides = _overrides_of_resume(args)
         from rlhf.launch import resume
 
-        overrides = [word for word in (args.config, *args.overrides) if word is not None]
         return 0 if resume(Path(args.resume), overrides).learnt else 1
-    if args.config is None:
-        raise ValueError("give a config (`rlhf init` lists the packaged ones), or --resume with a run folder")
-    config = load_config(args.config, args.overrides)
+    config = load_config(_config_file(args), args.overrides)
     from rlhf.launch import dry_run, launch
 
     if args.dry_run:
@@ -85,7 +83,13 @@ def _train(args: argparse.Namespace) -> int:
 def _reward_model(args: argparse.Namespace) -> int:
     from rlhf.reward_model.config import load_config
 
-    config = load_config(args.config, args.overrides)
+    if args.resume is not None:
+        overrides = _overrides_of_resume(args)
+        from rlhf.reward_model.launch import resume
+
+        resume(Path(args.resume), overrides)
+        return 0
+    config = load_config(_config_file(args), args.overrides)
     from rlhf.reward_model.launch import dry_run, launch
 
     if args.dry_run:
@@ -93,6 +97,19 @@ def _reward_model(args: argparse.Namespace) -> int:
     else:
         launch(config)
     return 0
+
+
+def _overrides_of_resume(args: argparse.Namespace) -> list[str]:
+    """The first one is where a config would be."""
+    if args.dry_run:
+        raise ValueError("--dry-run tries a config, and --resume goes on with a run; give one of the two")
+    return [word for word in (args.config, *args.overrides) if word is not None]
+
+
+def _config_file(args: argparse.Namespace) -> str:
+    if args.config is None:
+        raise ValueError("give a config (`rlhf init` lists the packaged ones), or --resume with a run folder")
+    return str(args.config)
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -22,6 +22,14 @@ from rlhf.evaluate import Evaluation
 from rlhf.run_folder import write_atomic
 
 
+class State(Protocol):
+    """What a loop needs to go on; it is pickled."""
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+
+
 class Learner(Protocol):
     """A role that learns; all its ranks are called, and share the folders."""
 
@@ -74,22 +82,27 @@ class Checkpoints:
 
     def save(self, state: LoopState, learners: Mapping[str, Learner]) -> None:
         """Write the checkpoint of ``state.step``."""
+        self.finish(self.write(state, learners, "policy"), {"step": state.step, **state.latest.metrics})
+
+    def write(self, state: State, learners: Mapping[str, Learner], main: str) -> Path:
+        """All of the checkpoint of ``state.step`` but what :meth:`finish` adds: its folder. ``main``: whose weights are
+        the ones in ``hf``."""
         folder = self.begin(state.step)
         for name, role in learners.items():
             role.save_state(folder / "trainer" / name)
-            role.save(folder / "hf" if name == "policy" else folder / name / "hf")
+            role.save(folder / "hf" if name == main else folder / name / "hf")
         (folder / "trainer" / "loop.pkl").write_bytes(pickle.dumps(state))
-        self.finish(folder, {"step": state.step, **state.latest.metrics})
+        return folder
 
-    def load(self, learners: Mapping[str, Learner]) -> LoopState | None:
-        """Bring the learners to where they were at the newest whole checkpoint. None where there is no such."""
+    def load(self, learners: Mapping[str, Learner]) -> Any:
+        """Bring the learners to where they were at the newest whole checkpoint. The state that was written with it;
+        None where there is no such."""
         found = self.done()
         if not found:
             return None
         for name, role in learners.items():
             role.load_state(found[-1] / "trainer" / name)
-        state: LoopState = pickle.loads((found[-1] / "trainer" / "loop.pkl").read_bytes())
-        return state
+        return pickle.loads((found[-1] / "trainer" / "loop.pkl").read_bytes())
 
     def begin(self, step: int) -> Path:
         """An empty folder for the checkpoint at ``step``. Torn ones go."""

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import Checkpoints
-from rlhf.cluster import RoleDied, make_cluster
-from rlhf.config import Config, dump_config
+from rlhf.cluster import Cluster
+from rlhf.config import Config, dump_config, load_config
 from rlhf.data import Renderer, load_rows, tokenize
 from rlhf.evaluate import Evaluation
 from rlhf.judging import Judges, check_judges
 from rlhf.plan import Plan, check
 from rlhf.recipe import Recipe, load_recipe
+from rlhf.restarts import with_restarts
 from rlhf.resume import check_same_data, fingerprint, resumed_config
 from rlhf.roles.reward import RewardFunction
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import Tracker
 from rlhf.tracking.console import Console, ConsoleHandler
 from rlhf.types import Completion, Prompt
-from rlhf.weights import Weights, check_same_weights, check_weights, resolve_weights
+from rlhf.weights import Weights, by_key, check_same_weights, check_weights, resolve_weights
 from rlhf.weights import fingerprint as fingerprint_weights
 
 log = logging.getLogger("rlhf")  # the package's, not this module's
@@ -123,7 +124,7 @@ def launch(config: Config) -> Result:
             task = replace(task, weights={**task.weights, "policy": made})
     with run.locked():
         run.write("data.json", json.dumps(fingerprint(task.prompts, task.eval_prompts), indent=1))
-        run.write("weights.json", json.dumps(fingerprint_weights(config, task.weights), indent=1))
+        run.write("weights.json", json.dumps(fingerprint_weights(by_key(config, task.weights)), indent=1))
         run.write("config.yaml", dump_config(config))
         run.write_environment()
         return _run(config, task, run)
@@ -135,7 +136,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
     Raises ValueError for overrides, data and weights that would make it another run, and where nothing is left to do.
     """
     run = RunFolder(folder.resolve())
-    config = resumed_config(run.path, overrides)
+    config = resumed_config(load_config, run.path, overrides)
     with run.locked():
         done = Checkpoints(run.path, config.checkpoint).last_step
         if done >= config.run.steps:
@@ -145,7 +146,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
             )
         task = prepare(config, run.path)
         check_same_data(run.path, fingerprint(task.prompts, task.eval_prompts))
-        check_same_weights(run.path, fingerprint_weights(config, task.weights))
+        check_same_weights(run.path, fingerprint_weights(by_key(config, task.weights)))
         run.write("config.yaml", dump_config(config))
         return _run(config, task, run)
 
@@ -165,7 +166,8 @@ def _run(config: Config, task: Task, run: RunFolder) -> Result:
     learnt = False
     try:
         tracker = Tracker(config, run, console)
-        before, after = _train_with_restarts(config, task, run, tracker, console)
+        folders, train = by_key(config, task.weights), partial(_train, config, task, run, tracker, console)
+        before, after = with_restarts(config, folders, run, console, train)
         draw_curve(tracker.history, before, run.path / "curve.png")
         console.line(before_and_after(before, after))
         gain = {axis: [f"{e.metrics[f'eval/{axis}']:.3f}" for e in (before, after)] for axis in ("accuracy", "reward")}
@@ -192,34 +194,15 @@ def _run(config: Config, task: Task, run: RunFolder) -> Result:
     return Result(run.path, before, after, learnt)
 
 
-def _train_with_restarts(
-    config: Config, task: Task, run: RunFolder, tracker: Tracker, console: Console
+def _train(
+    config: Config, task: Task, run: RunFolder, tracker: Tracker, console: Console, cluster: Cluster
 ) -> tuple[Evaluation, Evaluation]:
-    """Warm start and training. When a role dies or hangs, everything is started anew, from the last checkpoint.
-
-    Raises ValueError where the weights that roles start from have changed meanwhile.
-    """
+    """Warm start and training, from the last checkpoint where there is one."""
     from rlhf.train import train
     from rlhf.warm_start import warm_start
 
-    checkpoints = Checkpoints(run.path, config.checkpoint)
-    for restart in itertools.count(1):
-        if restart > 1:
-            check_same_weights(run.path, fingerprint_weights(config, task.weights))
-        if checkpoints.last_step:
-            console.line(f"goes on after step {checkpoints.last_step}")
-        cluster = make_cluster(config.cluster, run.path / "roles", config.ranks)
-        try:
-            checkpoint = task.checkpoint
-            if config.warm_start.steps:
-                checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
-            algorithm = config.make_algorithm()
-            weights = {**task.weights, "policy": checkpoint}
-            return train(config, algorithm, cluster, tracker, run, weights, task.prompts, task.eval_prompts)
-        except (RoleDied, TimeoutError) as error:
-            if restart > config.checkpoint.max_restarts:
-                raise
-            console.line(f"{error}\nrestart {restart} of at most {config.checkpoint.max_restarts}")
-        finally:
-            cluster.shutdown()
-    raise AssertionError("unreachable")
+    checkpoint = task.checkpoint
+    if config.warm_start.steps:
+        checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
+    weights = {**task.weights, "policy": checkpoint}
+    return train(config, config.make_algorithm(), cluster, tracker, run, weights, task.prompts, task.eval_prompts)

@@ -96,15 +96,20 @@ def _check(role: str, folder: Path, tokenizer: Any, longest: int) -> None:
         )
 
 
-def fingerprint(config: Config, weights: Weights) -> dict[str, Any]:
-    """What tells these weights from others, by :func:`key_of`: the folder (of a Hub id it ends with the commit), and
-    of every file its bytes and a hash.
+def by_key(config: Config, weights: Weights) -> dict[str, Path]:
+    """Folders by what names them in the config."""
+    return {key_of(config, role): folder for role, folder in weights.items()}
+
+
+def fingerprint(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """What tells the weights in these folders, by the key that names them, from others: the folder (of a Hub id it ends
+    with the commit), and of every file its bytes and a hash.
 
     Raises ValueError for a checkpoint that lacks files.
     """
     found = {}
-    for role, folder in weights.items():
-        with named(key := key_of(config, role)):
+    for key, folder in folders.items():
+        with named(key):
             files = [*weight_files(folder), *(folder / name for name in SAY_MORE if (folder / name).exists())]
             found[key] = {
                 "folder": str(folder),

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.cluster import Cluster, make_cluster
+from rlhf.checkpoint import Checkpoints
+from rlhf.cluster import Cluster
 from rlhf.config import dump_config
 from rlhf.data import Renderer
 from rlhf.plan import GIB, count_parameters
 from rlhf.recipe import Recipe, load_recipe
-from rlhf.reward_model.config import RewardModelConfig
+from rlhf.restarts import with_restarts
+from rlhf.resume import check_same_data, resumed_config
+from rlhf.resume import fingerprint as fingerprint_data
+from rlhf.reward_model.config import RewardModelConfig, load_config
 from rlhf.reward_model.metrics import PairEvaluation
 from rlhf.reward_model.pairs import PairData, load_pair_rows, tokenize_pairs
 from rlhf.run_folder import RunFolder
 from rlhf.tracking import MetricLog
 from rlhf.tracking.console import Console, ConsoleHandler
+from rlhf.weights import check_same_weights, fingerprint
 from rollout_engine.models.config import DecoderConfig
 
 log = logging.getLogger("rlhf")
@@ -78,10 +86,11 @@ def prepare(config: RewardModelConfig, folder: Path) -> Task:
     recipe = load_recipe(config.recipe.path) if config.recipe.path else None
     train_rows, held_out_rows, source = load_pair_rows(config, recipe)
     if config.model.path is not None:
-        checkpoint = resolve(config.model.path, config.model.revision)
+        checkpoint = resolve(config.model.path, config.model.revision).resolve()
     elif recipe is not None:
         checkpoint = folder / "initial"
-        recipe.initial_model(checkpoint, config.run.seed)
+        if not checkpoint.exists():  # a resumed run has it
+            recipe.initial_model(checkpoint, config.run.seed)
     else:
         raise ValueError("model.path and recipe.path are both missing; one of them gives the model to start from")
     if config.warm_start.steps:
@@ -129,16 +138,40 @@ def dry_run(config: RewardModelConfig) -> str:
 
 def launch(config: RewardModelConfig) -> Result:
     """Run a config to its end. The run folder is kept whatever happens."""
-    from rlhf.reward_model.train import train_reward_model
-    from rlhf.warm_start import warm_start
-
     with tempfile.TemporaryDirectory() as folder:  # bad input leaves no run folder behind
         task = prepare(config, Path(folder))
         run = RunFolder.create(config.run.dir, config.run.name)
         if task.checkpoint.is_relative_to(folder):  # made by the recipe
             task = replace(task, checkpoint=Path(shutil.move(task.checkpoint, run.path)))
-    run.write("config.yaml", dump_config(config))
-    run.write_environment()
+    with run.locked():
+        run.write("data.json", json.dumps(fingerprint_data(task.data.train, task.data.held_out), indent=1))
+        run.write("weights.json", json.dumps(fingerprint({"model.path": task.checkpoint}), indent=1))
+        run.write("config.yaml", dump_config(config))
+        run.write_environment()
+        return _run(config, task, run)
+
+
+def resume(folder: Path, overrides: Sequence[str] = ()) -> Result:
+    """Go on with the run in ``folder``, as :func:`rlhf.launch.resume`."""
+    run = RunFolder(folder.resolve())
+    config = resumed_config(load_config, run.path, overrides)
+    with run.locked():
+        task = prepare(config, run.path)
+        check_same_data(run.path, fingerprint_data(task.data.train, task.data.held_out), "pairs")
+        check_same_weights(run.path, fingerprint({"model.path": task.checkpoint}))
+        done, steps = Checkpoints(run.path, config.checkpoint).last_step, config.pairs.num_steps(len(task.data.train))
+        if done >= steps:
+            longer = "epochs" if config.pairs.epochs else "steps"
+            raise ValueError(
+                f"{folder} has finished: {done} of {steps} steps are done. To train on, give it more: "
+                f"rlhf reward-model --resume {folder} pairs.{longer}={2 * getattr(config.pairs, longer)}"
+            )
+        run.write("config.yaml", dump_config(config))
+        return _run(config, task, run)
+
+
+def _run(config: RewardModelConfig, task: Task, run: RunFolder) -> Result:
+    """Train in a run folder that has its config, and say how it went."""
     console = Console(run.path / "train.log")
     handler = ConsoleHandler(console)
     log.addHandler(handler)
@@ -146,27 +179,37 @@ def launch(config: RewardModelConfig) -> Result:
     run.write("plan.txt", task.plan)
     console.line(task.plan)
     console.line(f"run folder  {run.path}")
-    cluster: Cluster | None = None
     tracker: MetricLog | None = None
     finished = False
     try:
         tracker = MetricLog(config, config.pairs.num_steps(len(task.data.train)), run, console)
-        cluster = make_cluster(config.cluster, run.path / "roles", config.ranks)
-        checkpoint = task.checkpoint
-        if config.warm_start.steps:
-            assert task.recipe is not None
-            checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
-        before, after = train_reward_model(config, cluster, tracker, run, checkpoint, task.data)
+        train = partial(_train, config, task, run, tracker, console)
+        before, after = with_restarts(config, {"model.path": task.checkpoint}, run, console, train)
         console.line(str(after))
         found = "  ".join(f"{name} {value:.3f}" for name, value in after.metrics.items())
         console.line(f"held out: {found}; checkpoint in {run.path / 'checkpoints' / 'latest' / 'hf'}")
         run.link_as_latest()
         finished = True
+    except BaseException:
+        console.line(f"ended early; to go on: rlhf reward-model --resume {run.path}")
+        raise
     finally:
-        if cluster:
-            cluster.shutdown()
         log.removeHandler(handler)
         console.close()
         if tracker:  # last: without a network it may take its time, or fail
             tracker.close(failed=not finished)
     return Result(run.path, before, after)
+
+
+def _train(
+    config: RewardModelConfig, task: Task, run: RunFolder, tracker: MetricLog, console: Console, cluster: Cluster
+) -> tuple[PairEvaluation, PairEvaluation]:
+    """Warm start and training, from the last checkpoint where there is one."""
+    from rlhf.reward_model.train import train_reward_model
+    from rlhf.warm_start import warm_start
+
+    checkpoint = task.checkpoint
+    if config.warm_start.steps:
+        assert task.recipe is not None
+        checkpoint = warm_start(config, task.recipe, task.tokenizer, checkpoint, cluster, run, console)
+    return train_reward_model(config, cluster, tracker, run, checkpoint, task.data)

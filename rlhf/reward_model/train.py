@@ -6,7 +6,8 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from rlhf.checkpoint import Checkpoints
@@ -21,10 +22,23 @@ from rlhf.tracking import MetricLog
 from rlhf.tracking.console import clock, short
 
 
+@dataclass(frozen=True)
+class State:
+    """What the loop knows after ``step`` steps; minibatches follow from the step. before, latest: evaluations."""
+
+    step: int
+    before: PairEvaluation
+    latest: PairEvaluation
+    elapsed_s: float
+
+
 def train_reward_model(
     config: RewardModelConfig, cluster: Cluster, tracker: MetricLog, run: RunFolder, checkpoint: Path, data: PairData
 ) -> tuple[PairEvaluation, PairEvaluation]:
-    """Train from ``checkpoint`` until the run's last step; held-out evaluations before and after."""
+    """Train from ``checkpoint`` until the run's last step; held-out evaluations before and after.
+
+    Goes on from the run's newest whole checkpoint, if it has one.
+    """
     steps = config.pairs.num_steps(len(data.train))
     learner = cluster.spawn(
         "reward_model",
@@ -38,12 +52,18 @@ def train_reward_model(
         total_updates=steps,
         timeout_s=config.cluster.timeout_s,
     )
-    batches = minibatches(data.train, config.pairs.batch_size, config.run.seed)
+    learners = {"reward_model": learner}
     held_out = Pairs.mean(data.held_out)
     checkpoints = Checkpoints(run.path, config.checkpoint)
-    started = time.perf_counter()
-    before = latest = evaluate(learner, held_out, run, 0)
-    for step in range(1, steps + 1):
+    state: State | None = checkpoints.load(learners)
+    if state is None:
+        before = evaluate(learner, held_out, run, 0)
+        state = State(0, before, before, 0.0)
+    before, latest = state.before, state.latest
+    tracker.forget_after(state.step)
+    batches = islice(minibatches(data.train, config.pairs.batch_size, config.run.seed), state.step, None)
+    started = time.perf_counter() - state.elapsed_s
+    for step in range(state.step + 1, steps + 1):
         times: dict[str, float] = {}
         pairs = next(batches)
         with tracker.phase(step, times, "train"):
@@ -64,8 +84,9 @@ def train_reward_model(
         }
         tracker.record(row, step_line(row, steps))
         if save:
-            folder = checkpoints.begin(step)
-            learner.save(folder / "hf")
+            folder = checkpoints.write(
+                State(step, before, latest, time.perf_counter() - started), learners, "reward_model"
+            )
             write_atomic(folder / "hf" / "calibration.json", json.dumps(latest.metrics, indent=1))
             checkpoints.finish(folder, {"step": step, "eval/step": latest.step, **found})
     return before, latest

@@ -119,6 +119,14 @@ class RewardLearner:
         metrics, _ = self.learner.step(pairs, forward, before_step=lambda: None)
         return metrics
 
+    def save_state(self, folder: Path) -> None:
+        """Write everything that the next step depends on. Collective."""
+        self.learner.save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Be where the learner was that wrote ``folder``; before the first step. Collective."""
+        self.learner.load_state(folder)
+
     def save(self, folder: Path) -> None:
         """Write the weights as a Hugging Face sequence classifier (new folder, atomic); rank 0 does. Collective."""
         names = [name for name, _ in self.model.decoder.named_parameters()]

@@ -51,6 +51,15 @@ class MetricLog:
         if self._wandb:
             self._wandb.log_metrics(row)
 
+    def forget_after(self, step: int) -> list[dict[str, Any]]:
+        """The run goes on after ``step``: later rows go. Those that stay, as they are in the file."""
+        path = self.run.path / "metrics.jsonl"
+        kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, path.read_text().splitlines()))
+        self._file.close()
+        self.run.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        return [json.loads(line) for line in kept]
+
     def close(self, failed: bool = False) -> None:
         self._file.close()
         if self._wandb:
@@ -69,12 +78,7 @@ class Tracker(MetricLog):
 
     def rewind(self, step: int, progress: dict[str, int]) -> None:
         """The run goes on after ``step``: forget the steps that came later. ``progress``: the counters as of then."""
-        path = self.run.path / "metrics.jsonl"
-        kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, path.read_text().splitlines()))
-        self._file.close()
-        self.run.write("metrics.jsonl", "".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-        rows = [json.loads(line) for line in kept]
+        rows = self.forget_after(step)
         self.history = [{n: math.nan if value is None else value for n, value in row.items()} for row in rows]
         self.progress = dict(progress)
 

@@ -89,7 +89,7 @@ def run_critic(job: dict[str, Any], folder: Path, rank: int, ranks: int) -> dict
 def run_frozen(job: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     """Scores of this rank's shares, and how much of each weight of the reference is here: gathered, and its share."""
     train = Train(lr=0.0, zero_stage=job["stage"], tokens_per_microbatch=job["max_tokens"])
-    common: dict[str, Any] = {"model": ModelSection(), "train": train, "timeout_s": 120}
+    common: dict[str, Any] = {"model": ModelSection(dtype=job["dtype"]), "train": train, "timeout_s": 120}
     reference = Reference(checkpoint=job["checkpoint"], **common)
     judge = RewardModel(checkpoint=job["scored"], **common)
     shares = [divide_batch(ranks, batch)[0][rank]["batch"] for batch in job["frozen"]]

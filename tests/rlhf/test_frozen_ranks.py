@@ -47,9 +47,13 @@ def findings(
     batches: list[Batch],
     sequences: list[list[tuple[int, ...]]],
 ) -> dict[Any, list[dict[str, Any]]]:
-    """What two ranks made of it, by (stage, micro-batch size)."""
+    """What two ranks made of it, by (stage, micro-batch size), or (stage, bfloat16) for those weights."""
     common = {"checkpoint": odd_checkpoint, "scored": scored_checkpoint, "frozen": batches, "sequences": sequences}
-    jobs = {(stage, size): {**common, "stage": stage, "max_tokens": size} for stage in STAGES for size in SPLITS}
+    jobs: dict[Any, dict[str, Any]] = {}
+    for stage in STAGES:
+        for size in SPLITS:
+            jobs[stage, size] = {**common, "stage": stage, "max_tokens": size, "dtype": "float32"}
+        jobs[stage, "bfloat16"] = {**common, "stage": stage, "max_tokens": SPLITS[1], "dtype": "bfloat16"}
     return dict(zip(jobs, run_on_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values())), strict=True))
 
 
@@ -79,6 +83,14 @@ def test_the_reward_models_scores_are_the_whole_models(
         _, join = divide_sequences(2, some)
         found = join([rank["scores"][i] for rank in findings[case]])
         assert found == judge.judge(some) and len(set(found)) == len(some)
+
+
+def test_bfloat16_weights_are_divided_too(findings: dict[Any, list[dict[str, Any]]]) -> None:
+    """Both ways a rank runs the same micro-batches; in other ones its bits would be others."""
+    for whole, divided in zip(findings[0, "bfloat16"], findings[3, "bfloat16"], strict=True):
+        assert divided["scores"] == whole["scores"] != findings[3, SPLITS[1]][0]["scores"]
+        for ours, theirs in zip(divided["shares"], whole["shares"], strict=True):
+            assert torch.equal(ours.column("ref_logprobs"), theirs.column("ref_logprobs"))
 
 
 @pytest.mark.parametrize("size", SPLITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.__main__ import main
+from rlhf.cluster import RoleDied
 from rlhf.config import Data, ModelSection, Train
 from rlhf.data import Renderer, read_jsonl
 from rlhf.reward_model.config import PairsSection, load_config
-from rlhf.reward_model.launch import launch
+from rlhf.reward_model.launch import launch, resume
 from rlhf.reward_model.pairs import tokenize_pairs
 from rlhf.roles.reward_model import RewardModel
+from rlhf.tracking import MetricLog
 from rollout_engine.models.checkpoint import load_tokenizer
 
 PACKAGED = Path(__file__).parents[2] / "configs" / "arithmetic_reward_model_cpu.yaml"
@@ -155,3 +158,113 @@ def test_two_ranks_are_one(write: Callable[..., Path]) -> None:
         scores[ranks] = launch(load_config(config)).after.scores
     assert scores[1].abs().min() > 1e-5
     assert torch.allclose(scores[1], scores[2], rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- going on
+
+
+class Killed(BaseException):
+    """Nothing in the run expects it."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
+    """Once, when ``step`` is done and its checkpoint is not yet written."""
+    record, left = MetricLog.record, [error]
+
+    def ending(self: MetricLog, row: dict[str, Any], line: str) -> None:
+        record(self, row, line)
+        if row["step"] == step and left:
+            raise left.pop()
+
+    monkeypatch.setattr(MetricLog, "record", ending)
+
+
+def what_is_left(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Metrics that don't measure the machine; weights, calibration and evaluations."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    files = [*run.glob("checkpoints/latest/hf/*"), *run.glob("eval/*")]
+    fixed = [{name: value for name, value in row.items() if not name.startswith(MOVING)} for row in rows]
+    return fixed, {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+MOVING = ("time/", "throughput/", "memory/")
+LONG = {"pairs": {"steps": 5}, "checkpoint": {"every": 1}, "train": {"schedule": "cosine", "lr": 1e-3}}
+
+
+@pytest.fixture
+def whole(write: Callable[..., Path]) -> tuple[Path, Any]:
+    """A config of five steps, with an epoch's end in the fourth, and what a run without an interruption leaves."""
+    config = write(**LONG)
+    return config, what_is_left(launch(load_config(config)).folder)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    whole: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    config, uninterrupted = whole
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, Killed())
+        with pytest.raises(Killed):
+            launch(load_config(config))
+    run = tmp_path / "runs" / "judge" / "0002"
+    assert f"to go on: rlhf reward-model --resume {run}" in (run / "train.log").read_text()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "rew')  # a kill may cut a line short
+    assert main(["reward-model", "--resume", str(run), "checkpoint.keep_last=1"]) == 0
+    assert what_is_left(run) == uninterrupted
+    assert ("goes on after step" in (run / "train.log").read_text()) == (step > 1)
+
+
+def test_a_run_whose_role_dies_goes_on_by_itself(whole: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, uninterrupted = whole
+    interrupt(monkeypatch, 3, RoleDied("role reward_model (pid 7) died during update()"))
+    run = launch(load_config(config)).folder
+    log = (run / "train.log").read_text()
+    assert "(pid 7) died during update()\nrestart 1 of at most 3\ngoes on after step 2" in log
+    assert what_is_left(run) == uninterrupted
+
+
+def test_more_steps_are_as_if_they_had_been_asked_for_at_first(write: Callable[..., Path]) -> None:
+    constant = {**LONG, "train": {"lr": 1e-3}, "eval": {"every": 2}}
+    whole = launch(load_config(write(**constant))).folder
+    run = launch(load_config(write(**constant), ["pairs.steps=2"])).folder
+    assert what_is_left(resume(run, ["pairs.steps=5"]).folder) == what_is_left(whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "has finished: 3 of 3 steps are done. To train on, give it more: rlhf reward-model --resume"),
+        (["train.lr=1"], "train.lr=1.0 would make another run"),
+        (["pairs.batch_size=2"], "pairs.batch_size=2 would make another run"),
+        (["run.seed=1"], "On resume these can change: pairs.steps, pairs.epochs, eval.every, checkpoint, tracking, c"),
+        (["--dry-run"], "give one of the two"),
+        (["pairs.steps=4", "CHANGE pairs"], "20 training pairs became 19"),
+        (["pairs.steps=4", "CHANGE margin"], "columns of the training rows differ"),
+        (["pairs.steps=4", "CHANGE model"], "model.path: the model in"),
+    ],
+)
+def test_what_would_make_another_run_is_refused(
+    write: Callable[..., Path],
+    chat_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    message: str,
+) -> None:
+    model = shutil.copytree(chat_checkpoint, tmp_path / "start")
+    run = launch(load_config(write(model={"path": str(model)}))).folder
+    data = tmp_path / "pairs" / "train.jsonl"
+    changes = {
+        "CHANGE pairs": lambda: data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1])),
+        "CHANGE margin": lambda: data.write_text(data.read_text().replace('"margin": 1', '"margin": 2')),
+        "CHANGE model": lambda: (model / "generation_config.json").unlink(),
+    }
+    before = (run / "metrics.jsonl").read_text()
+    for word in overrides:
+        changes.get(word, lambda: None)()
+    words = [word for word in overrides if word not in changes]
+    assert main(["reward-model", "--resume", str(run), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == before

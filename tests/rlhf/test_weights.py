@@ -20,7 +20,7 @@ from rlhf.cluster import RoleDied
 from rlhf.config import Config, load_config
 from rlhf.launch import launch, resume
 from rlhf.tracking import Tracker
-from rlhf.weights import check_same_weights, fingerprint, hash_of, resolve_weights
+from rlhf.weights import by_key, check_same_weights, fingerprint, hash_of, resolve_weights
 from rollout_engine.models.checkpoint import load_scalar_model, save_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "arithmetic_grpo_cpu.yaml"
@@ -186,7 +186,7 @@ def ppo(policy: Path, tmp_path: Path) -> Config:
 
 def kept(config: Config, policy: Path, folder: Path) -> dict[str, Any]:
     """The fingerprint of the beginning, in the run folder."""
-    found = fingerprint(config, resolve_weights(config, policy))
+    found = fingerprint(by_key(config, resolve_weights(config, policy)))
     (folder / "weights.json").write_text(json.dumps(found))
     return found
 
@@ -227,7 +227,7 @@ def test_every_role_is_watched(
     change(tmp_path / role)
     message = rf"the model in .*{role} is not what .* began with: ({said})\." if said else ".* lacks the weight files"
     with pytest.raises(ValueError, match=rf"^{role}\.path: {message}"):
-        check_same_weights(tmp_path, fingerprint(ppo, resolve_weights(ppo, policy)))
+        check_same_weights(tmp_path, fingerprint(by_key(ppo, resolve_weights(ppo, policy))))
 
 
 def test_weights_that_moved_are_the_same(ppo: Config, policy: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_weights_that_moved_are_the_same(ppo: Config, policy: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"^critic\.path: .*critic' is not a folder"):
         resolve_weights(ppo, policy)
     moved = ppo.model_copy(update={"critic": ppo.critic.model_copy(update={"path": str(tmp_path / "elsewhere")})})
-    check_same_weights(tmp_path, fingerprint(moved, resolve_weights(moved, policy)))
+    check_same_weights(tmp_path, fingerprint(by_key(moved, resolve_weights(moved, policy))))
 
 
 def test_roles_with_weights_of_their_own_stay_the_same_ones(ppo: Config, policy: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_roles_with_weights_of_their_own_stay_the_same_ones(ppo: Config, policy:
     with pytest.raises(
         ValueError, match=r"weights of model\.path, reference\.path, critic\.path, .* model\.path, crit"
     ):
-        check_same_weights(tmp_path, fingerprint(fewer, resolve_weights(fewer, policy)))
+        check_same_weights(tmp_path, fingerprint(by_key(fewer, resolve_weights(fewer, policy))))
 
 
 def test_a_hub_id_is_kept_with_its_commit(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +259,6 @@ def test_a_hub_id_is_kept_with_its_commit(policy: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     words = ["model.revision=v9", "critic.path=some/critic", "critic.revision=v1", "reference.path=some/start"]
     config = load_config(CONFIG, ["algorithm.name=ppo", *words])
-    found = fingerprint(config, resolve_weights(config, policy))
+    found = fingerprint(by_key(config, resolve_weights(config, policy)))
     assert asked == [("some/start", "main"), ("some/critic", "v1")]
     assert found["critic.path"]["folder"].endswith("/snapshots/commit-of-v1")
