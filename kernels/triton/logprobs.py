@@ -255,7 +255,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if dentropy is None:
                 return (None,) * 7
             dlogprob = torch.zeros_like(dentropy)
-        scored = Scored(*ctx.saved_tensors, ctx.num_tokens, ctx.softcap)
+        scored = Scored(*ctx.saved_tensors, num_tokens=ctx.num_tokens, softcap=ctx.softcap)
         return *gradients(scored, dlogprob, dentropy, ctx.form, *ctx.needs_input_grad[:2]), *(None,) * 5
 
 

@@ -133,7 +133,9 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return *packed_attention_backward(grads[0], *ctx.saved_tensors, ctx.plan, ctx.kind), None, None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        found = packed_attention_backward(grads[0], q, k, v, out, lse, ctx.plan, ctx.kind)
+        return *found, None, None, None, None
 
 
 def packed_attention(
