@@ -173,7 +173,7 @@ def row_unit(weight: Tensor) -> int:
 
 
 def _dlogits(scored: Scored, dlogprob: Tensor, dentropy: Tensor | None, columns: slice, form: Form) -> Tensor:
-    """Gradient [R, C] of a chunk of logits, in the head's dtype."""
+    """Gradient [R, C] of a chunk of logits, in the head's dtype; fp16 wants a scaled loss here as elsewhere."""
     hidden, weight, softcap = scored.hidden, scored.weight[columns], scored.softcap
     rows, width = len(hidden), len(weight)
     unit = row_unit(scored.weight)
@@ -183,8 +183,7 @@ def _dlogits(scored: Scored, dlogprob: Tensor, dentropy: Tensor | None, columns:
     )  # fmt: skip
     if form.fused_backward and softcap is None:
         dz = torch.empty((rows, width), dtype=weight.dtype, device=hidden.device)
-        grid = (triton.cdiv(rows, form.rows) * triton.cdiv(width, form.columns),)
-        _dlogits_fused_kernel[grid](
+        _dlogits_fused_kernel[(triton.cdiv(rows, form.rows) * triton.cdiv(width, form.columns),)](
             hidden, weight, dz, *arguments, hidden.stride(0), weight.stride(0), hidden.shape[1],
             ENTROPY=dentropy is not None, UNIT=unit, **launch_constants(form, hidden.shape[1]),
         )  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accuracy import normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.triton.logits import Form, form_of
 
@@ -49,3 +51,19 @@ def forms(weight: Tensor) -> dict[str, Form]:
         "shipped": shipped,
         "other": replace(shipped, fused_forward=False, fused_backward=not shipped.fused_backward),
     }
+
+
+class LargestNew(TorchDispatchMode):
+    """Counts the elements of the largest float tensor that a torch operation makes in memory not of ``known``."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and t.is_floating_point() and t.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, t.numel())
+        return out

@@ -1,4 +1,4 @@
-"""What of ``kernels/triton/logits.py`` is shipped: 16-bit and fp32, softcap or none, H that fits the tile or not."""
+"""What of ``kernels/triton/logits.py`` is shipped: 16-bit and fp32, softcap or none, H that fits tiles or doesn't."""
 
 from __future__ import annotations
 
