@@ -64,7 +64,7 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-@pytest.mark.parametrize(("role", "start"), [("critic", "judge"), ("critic", "other"), ("reference", "other")])
+@pytest.mark.parametrize(("role", "start"), [("critic", "judge"), ("reference", "other")])
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
