@@ -26,8 +26,7 @@ from torch import Tensor
 
 from kernels.reference.sampling import CDF_TILE
 
-TILES = 16  # read at a time by a program of WARPS: 16 entries a thread, in four loads of 16 bytes
-WARPS = 8
+TILES = 16  # read at a time by a program of 8 warps: 16 entries a thread, in four loads of 16 bytes
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -58,10 +57,9 @@ def is_kept(x, i, border, last):
 
 @triton.jit
 def _order(x):
-    """The integer, in int64, that sorts as the float does: its bits, inverted below zero. Both zeros are one."""
+    """The integer, in int64, that sorts as the float does: its bits, inverted below zero."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-    return tl.where(x == 0, 0, bits).to(tl.int64)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.int64)
 
 
 @triton.jit
@@ -162,7 +160,8 @@ def _shortest_prefix(
         tie = ((x == found) & is_kept(x, i, border, last)).to(tl.int32)
         in_tile = tl.sum(tie, axis=1)
         rank = ties + (tl.cumsum(in_tile, 0) - in_tile)[:, None] + tl.cumsum(tie, axis=1) - tie
-        # The first one stays even if rounding says that those above reach the target, after all.
+        # The first one stays even if rounding says that those above reach the target after all; and a tie that an
+        # earlier filter dropped stays dropped.
         wanted = (tie > 0) & ((rank == 0) | (before + rank * each < target))
         last_tie = tl.maximum(last_tie, tl.max(tl.where(wanted, i, -1)))
         ties += tl.sum(in_tile, 0)
@@ -231,7 +230,7 @@ def _filter_kernel(
     if min_p is not None:
         ratio = tl.load(min_p + row)
         if (ratio > 0) & (heat > 0):
-            border = tl.maximum(tl.minimum(top + heat * tl.log(ratio), top), LOWEST)
+            border = tl.maximum(top + heat * tl.log(ratio), LOWEST)  # not -inf, which tiles beyond the last have
             count, masses = _keep(
                 z, banned, live, kept, largest, border, last, top, inverse, vocab, tiles, BLOCK, TILES, TILE
             )
@@ -275,9 +274,10 @@ def kept_prefixes(
     tiles = maxima.shape[1]
     kept, live = torch.empty_like(sums), torch.empty_like(sums, dtype=torch.int32)
     border, last = torch.empty_like(temperature), torch.empty_like(temperature, dtype=torch.int32)
+    block = triton.next_power_of_2(tiles)
     _filter_kernel[(rows,)](
         z, banned, temperature, top_k, top_p, min_p, maxima, sums, live, kept, border, last,
         z.stride(0), 0 if banned is None else banned.stride(0), vocab, tiles,
-        BLOCK=triton.next_power_of_2(tiles), TILES=TILES, TILE=CDF_TILE, num_warps=WARPS, enable_fp_fusion=False,
+        BLOCK=block, TILES=TILES, TILE=CDF_TILE, num_warps=8 if block <= 1024 else 16, enable_fp_fusion=False,
     )  # fmt: skip
     return kept, border, last

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from accuracy import normal
 from torch import Tensor
 
 from kernels import SampledTokens
@@ -55,6 +56,23 @@ class Case:
             None if self.top_p is None else torch.where(self.top_p < 1, self.top_p.double() + slack, 1.0),
             None if self.min_p is None else self.min_p.double() * torch.exp(-slack * step),
         )
+
+
+def case_of(vocab: int, setting: tuple[bool, ...], device: torch.device, seed: int = 0) -> Case:
+    """Rows of all kinds: cold, greedy and hot, filtered and not, with and without bans; one with many ties."""
+    z = normal(8, vocab, seed=seed, device=device) * 2.5
+    z[6] = z[6].round()
+    heat = torch.tensor([0.0, 0.7, 1.0, 1.6, 1e-3, 1.0, 1.3, 1e-30])
+    top_k = torch.tensor([3, 0, 1, 40, 5, 300, 20, 2])
+    top_p = torch.tensor([0.5, 0.9, 1.0, 0.6, 0.9, 0.05, 0.8, 1.0])
+    min_p = torch.tensor([0.1, 0.0, 0.0, 0.02, 0.5, 0.01, 1e-4, 1.0])
+    banned = normal(8, vocab, seed=seed + 1, device=device) > 0.8
+    banned[5] = False
+    banned[:, vocab // 2] = False  # at least one is left
+    banned[1] |= z[1] == z[1].max() if vocab > 1 else False
+    banned[:, vocab // 2] &= vocab > 1
+    given = [x.to(device) if wanted else None for x, wanted in zip((top_k, top_p, min_p, banned), setting, strict=True)]
+    return Case(z, heat.to(device), *given)
 
 
 def check_kept(found: Tensor, case: Case) -> None:

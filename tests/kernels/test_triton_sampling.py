@@ -1,24 +1,21 @@
-"""Triton's sampling against float64 and the reference: Philox, all combinations of filters and bans, edges, company."""
+"""Triton's sampling against float64 and the reference: Philox, all combinations of filters and bans, edges."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from accuracy import normal
-from sampling_truth import ROUNDING, Case, check_columns, check_kept, check_tokens, near_step
+from sampling_truth import ROUNDING, Case, case_of, check_columns, check_kept, check_tokens, near_step
 from torch import Tensor
+from triton.runtime import interpreter
 
-from kernels import SampledTokens, reference
+from kernels import reference
 from kernels.triton import filters, sampling
 from kernels.triton.sampling import philox_uniform, sample_tokens
 
@@ -76,23 +73,6 @@ def test_philox_uniform_has_the_reference_bits(device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------- against float64
-
-
-def case_of(vocab: int, setting: tuple[bool, ...], device: torch.device, seed: int = 0) -> Case:
-    """Rows of all kinds: cold, greedy and hot, filtered and not, with and without bans; one with many ties."""
-    z = normal(8, vocab, seed=seed, device=device) * 2.5
-    z[6] = z[6].round()
-    heat = torch.tensor([0.0, 0.7, 1.0, 1.6, 1e-3, 1.0, 1.3, 1e-30])
-    top_k = torch.tensor([3, 0, 1, 40, 5, 300, 20, 2])
-    top_p = torch.tensor([0.5, 0.9, 1.0, 0.6, 0.9, 0.05, 0.8, 1.0])
-    min_p = torch.tensor([0.1, 0.0, 0.0, 0.02, 0.5, 0.01, 1e-4, 1.0])
-    banned = normal(8, vocab, seed=seed + 1, device=device) > 0.8
-    banned[5] = False
-    banned[:, vocab // 2] = False  # at least one is left
-    banned[1] |= z[1] == z[1].max() if vocab > 1 else False
-    banned[:, vocab // 2] &= vocab > 1
-    given = [x.to(device) if wanted else None for x, wanted in zip((top_k, top_p, min_p, banned), setting, strict=True)]
-    return Case(z, heat.to(device), *given)
 
 
 @pytest.fixture
@@ -153,6 +133,7 @@ def test_tokens_are_the_references(vocab: int, device: torch.device) -> None:
     assert near.sum() < 4 and out.tokens.unique().numel() > 10
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow
 @pytest.mark.parametrize("heat", [1e-38, 1e-45, 1e38])
 def test_any_temperature_will_do(heat: float, device: torch.device) -> None:
     """Where z / temperature, as the reference has it, is inf or a subnormal: the largest logits alone, or all alike."""
@@ -167,6 +148,19 @@ def test_any_temperature_will_do(heat: float, device: torch.device) -> None:
     else:
         assert out.tokens.tolist() == [90, 180, 153, 299]
         assert torch.allclose(out.logprobs, torch.full((4,), 1 / 300, device=device).log(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_vocabulary_of_256_k(filtered: bool, masks: list[Tensor], device: torch.device) -> None:
+    rows, vocab = 2, 262_208
+    filters = (torch.tensor([50, 9], device=device), torch.tensor([0.9, 1.0], device=device)) if filtered else ()
+    case = Case(normal(rows, vocab, device=device) * 3, torch.tensor([0.8, 1.0], device=device), *filters)
+    uniform = torch.tensor([0.4, 0.99], device=device)
+    out = sample_tokens(**case.arguments(uniform))
+    kept = masks[0] if filtered else torch.ones_like(case.z, dtype=torch.bool)
+    check_kept(kept, case)
+    check_tokens(out.tokens, torch.where(kept, case.allowed(), -torch.inf), uniform)
+    check_columns(out, case, kept)
 
 
 def test_the_check_of_tokens_notices_neighbours() -> None:
@@ -240,6 +234,7 @@ def test_greedy_takes_the_lowest_id_of_the_largest_logits(device: torch.device) 
     assert warm.tokens.tolist() == [second for _, second in tied]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
 def test_a_damaged_row_says_so_and_leaves_its_neighbours_alone(device: torch.device) -> None:
     z = normal(6, 600, device=device)
     heat, uniform = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0], device=device), torch.full((6,), 0.4, device=device)
@@ -264,92 +259,22 @@ def test_a_banned_token_with_all_the_mass_leaves_the_others_their_proportions(de
     check_columns(out, case, torch.ones_like(z, dtype=torch.bool))
 
 
-# ---------------------------------------------------------------- company, layout, arguments
+@triton.jit
+def _draw_kernel(mass, threshold, out, SIZE: tl.constexpr):
+    found, before = sampling._draw(tl.load(mass + tl.arange(0, SIZE)), tl.load(threshold), SIZE)
+    tl.store(out, found.to(tl.float32))
+    tl.store(out + 1, before)
 
 
-def columns_equal(a: SampledTokens, b: SampledTokens) -> bool:
-    return all(torch.equal(x, getattr(b, name)) for name, x in vars(a).items())
-
-
-@pytest.mark.parametrize("setting", [(False,) * 4, (True,) * 4])
-def test_bits_depend_neither_on_company_nor_on_the_run(setting: tuple[bool, ...], device: torch.device) -> None:
-    case = case_of(1000, setting, device)
-    uniform = philox_uniform(*torch.arange(24, device=device).view(3, 8))
-    out = sample_tokens(**case.arguments(uniform))
-    for rows in ([3], [6], [5, 1, 2], [0]):
-        part = sample_tokens(**case.rows(rows).arguments(uniform[rows]))
-        assert columns_equal(part, SampledTokens(*(column[rows] for column in vars(out).values())))
-    one = case.rows([1])
-    first = sample_tokens(**one.arguments(uniform[:1]))
-    assert all(columns_equal(first, sample_tokens(**one.arguments(uniform[:1]))) for _ in range(20))
-
-
-def test_rows_that_filter_or_ban_leave_their_neighbours_bits_alone(device: torch.device) -> None:
-    z = normal(4, 1000, device=device)
-    heat, uniform = torch.full((4,), 0.9, device=device), torch.linspace(0.05, 0.95, 4, device=device)
-    plain = sample_tokens(z, heat, uniform)
-    banned = torch.zeros_like(z, dtype=torch.bool)
-    banned[0, plain.tokens[0]] = True
-    top_k, top_p = torch.tensor([0, 5, 0, 0], device=device), torch.tensor([1.0, 1.0, 0.5, 1.0], device=device)
-    mixed = sample_tokens(z, heat, uniform, top_k, top_p, torch.zeros(4, device=device), banned)
-    for name, column in vars(mixed).items():
-        assert torch.equal(column[3], getattr(plain, name)[3]), name
-    assert mixed.tokens[0] != plain.tokens[0]
-    assert (mixed.log_kept_mass[:3] < 0).all() and mixed.log_kept_mass[3] == 0
-
-
-def test_rows_that_lie_apart_need_no_copy(device: torch.device) -> None:
-    wide = normal(5, 700, device=device)
-    case = case_of(300, (True,) * 4, device).rows([1, 2, 3, 5, 6])
-    out = [
-        sample_tokens(**{**case.arguments(torch.full((5,), 0.6, device=device)), "z": z})
-        for z in (wide[:, 17:317], wide[:, 17:317].contiguous(), wide[:, 17:317].T.contiguous().T)
-    ]
-    assert columns_equal(out[0], out[1]) and columns_equal(out[0], out[2])
-    assert len(sample_tokens(wide[:0], wide[:0, 0], wide[:0, 0]).tokens) == 0
-
-
-def test_bad_arguments_are_named(device: torch.device) -> None:
-    z, row = normal(3, 20, device=device), torch.ones(3, device=device)
-    mask = torch.zeros(3, 20, dtype=torch.bool, device=device)
-    for wrong, named in (
-        ({"z": z[0]}, "z is"),
-        ({"z": z[:, :0]}, "z is"),
-        ({"temperature": row[:2]}, "temperature"),
-        ({"uniform": row.double()}, "uniform"),
-        ({"top_k": row}, "top_k"),
-        ({"top_p": row[:, None]}, "top_p"),
-        ({"min_p": row.long()}, "min_p"),
-        ({"banned": mask[:, :10]}, "banned"),
-        ({"banned": mask.int()}, "banned"),
-    ):
-        with pytest.raises(ValueError, match=f"sample_tokens: {named}.*expected"):
-            sample_tokens(**{"z": z, "temperature": row, "uniform": row * 0, **wrong})
-    with pytest.raises(ValueError, match=r"philox_uniform: position is torch.int32 \[3\]"):
-        philox_uniform(row.long(), row.long(), row.int())
-
-
-def test_float64_goes_to_plain_torch_with_a_warning(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
-    z, row = normal(8, 20, device=device).double(), torch.full((8,), 0.5, device=device)
-    out = sample_tokens(z, row, row)
-    assert columns_equal(out, reference.sample_tokens(z, row, row))
-
-
-# ---------------------------------------------------------------- compilations
-
-
-def test_nothing_is_compiled_anew_because_a_batch_is_larger() -> None:
-    """50 random numbers of rows, and two vocabularies: at most one form of each kernel for each of these."""
-    here = Path(__file__).parent
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
-    code = "import shipped.sampling as s; s.count_compilations()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts == {
-        "_philox_uniform_kernel": 1,
-        "_sample_tiles_kernel": 2,
-        "_sample_draw_kernel": 2,
-        "_filter_kernel": 2,
-    }
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has running sums of its own")
+@pytest.mark.parametrize("threshold, found", [(0.0, 0), (1.0, 2), (2.0, 4), (3.0, 4)])
+def test_running_sums_that_rise_where_nothing_is_added(
+    threshold: float, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU's do at the border of two threads: the entry there has no mass, and isn't drawn."""
+    step = 2.0**-22
+    cdf = np.array([1, 1 + step, 2, 2 + step, 3, 3, 3 + step, 3], dtype=np.float32)
+    monkeypatch.setattr(interpreter.ScanOps, "cumsum", lambda self, x: [self.to_tensor(cdf, dtype=x.dtype)])
+    out = torch.zeros(2)
+    _draw_kernel[(1,)](torch.tensor([1.0, 0, 1, 0, 1, 0, 0, 0]), torch.tensor([threshold]), out, SIZE=8)
+    assert out.tolist() == [found, cdf[found - 1] if found else 0]
