@@ -54,7 +54,7 @@ def findings(
         for size in SPLITS:
             jobs[stage, size] = {**common, "stage": stage, "max_tokens": size, "dtype": "float32"}
         jobs[stage, "bfloat16"] = {**common, "stage": stage, "max_tokens": SPLITS[1], "dtype": "bfloat16"}
-    return dict(zip(jobs, run_on_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values())), strict=True))
+    return dict(zip(jobs, run_on_ranks(tmp_path_factory.mktemp("ranks"), list(jobs.values()), 2), strict=True))
 
 
 @CASES
