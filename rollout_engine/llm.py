@@ -76,10 +76,11 @@ class LLM:
         weight = decoder.norm.weight
         on_cpu_in_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
         triton = uses_triton(weight.device)
-        if self.config.numerics == "exact" or (self.config.numerics == "auto" and on_cpu_in_fp32):
+        exact = self.config.numerics == "exact" or (self.config.numerics == "auto" and on_cpu_in_fp32)
+        decoder.set_exact(exact)
+        if exact:
             if weight.dtype != torch.float32 and not triton:
                 raise ValueError(f"numerics='exact' holds for float32 weights, not {weight.dtype}; set numerics='fast'")
-            decoder.use_exact()
             sizes = decoder.config
             check_exact(
                 sizes.linear_shapes(),

@@ -66,8 +66,7 @@ class Policy:
             numerics=rollout.numerics,
             seed=seed,
         )
-        if self.llm.exact:
-            self.model.decoder.use_exact()
+        self.model.decoder.set_exact(self.llm.exact)
         self.swap: WeightSwap = CopySwap(self.backend, self.llm) if copy else SharedSwap(self.model.decoder, self.llm)
 
     @over_ranks(divide_prompts)

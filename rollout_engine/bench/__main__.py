@@ -49,12 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=sorted(serving.SHAPES), help="serve this one shape instead, on a GPU if any")
     parser.add_argument("--requests", type=int, default=256, help="of --shape")
     parser.add_argument("--kv-cache-gib", type=float, default=40, help="of --shape")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="of --shape: launch every kernel by itself")
     args = parser.parse_args(argv)
     if args.shape:
         device = default_device()
         dtype = "bfloat16" if device.type == "cuda" else "float32"
         found = serving.serve(
-            args.shape, requests=args.requests, kv_cache_gib=args.kv_cache_gib, dtype=dtype, device=device
+            args.shape,
+            requests=args.requests,
+            kv_cache_gib=args.kv_cache_gib,
+            dtype=dtype,
+            device=device,
+            cuda_graphs=not args.no_cuda_graphs,
         )
         print(serving.table(found))
         if args.json:

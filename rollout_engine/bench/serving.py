@@ -18,7 +18,14 @@ WARM_UP = 4  # requests that aren't counted
 
 
 def serve(
-    shape: str, *, requests: int, kv_cache_gib: float, dtype: str, device: torch.device, seed: int = 0
+    shape: str,
+    *,
+    requests: int,
+    kv_cache_gib: float,
+    dtype: str,
+    device: torch.device,
+    cuda_graphs: bool = True,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Answer ``requests`` random prompts of 100 to 1024 tokens with 100 to 1024 tokens each, all at once.
 
@@ -26,7 +33,14 @@ def serve(
     device's measured copy bandwidth, as a share of the time taken. Prompts' own products aren't in it.
     """
     model = random_model(SHAPES[shape], dtype=dtype, device=device)
-    llm = LLM(model, kv_cache_gib=kv_cache_gib, max_num_seqs=requests, max_batch_tokens=8192, seed=seed)
+    llm = LLM(
+        model,
+        kv_cache_gib=kv_cache_gib,
+        max_num_seqs=requests,
+        max_batch_tokens=8192,
+        cuda_graphs=cuda_graphs,
+        seed=seed,
+    )
     rng = random.Random(seed)
     vocabulary = model.decoder.config.vocab_size
 

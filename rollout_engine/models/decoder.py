@@ -146,13 +146,13 @@ class Backbone(nn.Module):
         self.gradient_checkpointing = False  # recompute each layer in the backward instead of keeping its activations
         self.exact = False
 
-    def use_exact(self) -> None:
-        """From now on a token's bits depend neither on the batch nor on who computes them, on a GPU too, where that
-        costs speed. The attention context must be exact as well."""
-        self.exact = True
+    def set_exact(self, exact: bool) -> None:
+        """Whether a token's bits depend neither on the batch nor on who computes them, on a GPU too, where that costs
+        speed. The attention context must say the same."""
+        self.exact = exact
         for module in self.modules():
             if isinstance(module, Linear):
-                module.exact = True
+                module.exact = exact
 
     def hidden(self, token_ids: Tensor, ctx: AttentionContext) -> Tensor:
         """token_ids [T] -> final-normed hidden states [T, H]; row t predicts the token after t."""
