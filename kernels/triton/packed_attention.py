@@ -47,7 +47,7 @@ def _packed_attention_kernel(
     v,  # [K, Hkv, D], tokens v_stride apart
     out,  # [T, Hq, D]
     lse,  # [T, Hq] fp32
-    tiles,  # [programs / Hq, 2] int32 sequence and first query in it
+    tiles,  # [n, 2] int32 sequence and first query in it; a program for each and for each head
     query_bounds,  # [S + 1] int32
     context_bounds,  # [S + 1] int32
     scale, softcap, window,
@@ -95,6 +95,7 @@ def _packed_attention_kernel(
 
 
 def _tile(dtype: torch.dtype, dim: int) -> Tile:
+    """Two stages of 64 keys of the widest heads fill the shared memory; eight warps, since four spill."""
     if dtype == torch.float32:
         return fp32_tile(dim)
     return Tile(128, 64, 8, 3 if dim <= 128 else 2)

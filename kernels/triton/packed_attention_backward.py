@@ -96,7 +96,7 @@ def _packed_attention_dq_kernel(
 def _packed_attention_dkv_kernel(
     q, k, v, dout, lse, delta,  # as above
     dk, dv,  # [K, Hkv, D], with DK and DV
-    tiles,  # [programs, 2] int32 sequence and first key in it; a program for each KV head
+    tiles,  # [n, 2] int32 sequence and first key in it; a program for each and for each KV head
     query_bounds, context_bounds, scale, softcap, window,
     q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, DIM: tl.constexpr,

@@ -27,3 +27,14 @@ def test_a_plan_knows_its_queries_and_contexts() -> None:
     assert plan.context_spans.bounds.tolist() == [0, 40, 41, 48]
     assert (plan.query_spans.longest, plan.context_spans.longest) == (2, 40)
     assert plan.query_spans is plan.query_spans
+
+
+def test_tiles_cover_every_row_once_heaviest_first() -> None:
+    spans = Spans.of([3, 0, 5], "cpu")
+    last, first = spans.tiles(2, "last"), spans.tiles(2, "first")
+    assert last.dtype == torch.int32
+    assert last.tolist() == [[2, 4], [0, 2], [2, 2], [0, 0], [2, 0]]  # sequence, first row: by how many come before
+    assert first.tolist() == [[2, 0], [0, 0], [2, 2], [0, 2], [2, 4]]  # by how many are left
+    assert spans.tiles(2, "last") is last  # copied to the device once
+    assert spans.tiles(4, "first").tolist() == [[2, 0], [0, 0], [2, 4]]
+    assert Spans.of([], "cpu").tiles(4, "first").shape == (0, 2)

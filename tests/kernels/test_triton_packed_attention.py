@@ -88,6 +88,14 @@ def test_lengths_about_a_block(length: int, device: torch.device) -> None:
     check(((length,), (length,)), (1, 1), 16, AttentionKind(window=length), torch.float32, device)
 
 
+@pytest.mark.parametrize("window", [None, 2, 33, 34, 63, 64])
+def test_windows_and_prefixes_about_a_block(window: int | None, device: torch.device) -> None:
+    """Where a mask or a range that is off by one would hide a key, or show it."""
+    before = (0, 1, 30, 31, 32)
+    shape = ([34] * len(before), [34 + n for n in before])
+    check(shape, (1, 1), 16, AttentionKind(window=window), torch.float32, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["causal", "all"])
 @pytest.mark.parametrize("shape", [((129, 3), (129, 3)), ((5, 64), (70, 193))], ids=str)
