@@ -103,15 +103,21 @@ def overlong_penalty(length: int, max_tokens: int, buffer: float) -> float:
     return min(1.0, max(0.0, (length - (max_tokens - buffer)) / buffer))
 
 
-KL_COEF_MIN, KL_COEF_MAX = 1e-6, 1e3  # so that a KL that nothing moves can't drive the coefficient to 0 or infinity
+KL_COEF_STEP = 1.1  # what a rollout changes the coefficient by
+KL_COEF_MIN, KL_COEF_MAX = 1e-4, 10.0  # from where a long stay on one side of the target is soon made good
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float) -> float:
-    """PPO's adaptive penalty (Schulman et al. 2017, sec. 4): doubled above 1.5 x target, halved below target / 1.5,
-    and held within [1e-6, 1e3]."""
+    """PPO's adaptive penalty (Schulman et al. 2017, sec. 4), in small steps: 1.1 times as much above 1.5 x target,
+    1.1 times less below target / 1.5, and held within [1e-4, 10].
+
+    The paper doubles and halves, after updates that bring the KL to where the coefficient lets it. A rollout's few
+    updates don't: the KL follows over tens of steps, and a coefficient that doubles at each overshoots by orders of
+    magnitude before it does.
+    """
     if kl > 1.5 * target:
-        return min(2 * coef, KL_COEF_MAX)
-    return max(coef / 2, KL_COEF_MIN) if kl < target / 1.5 else coef
+        return min(KL_COEF_STEP * coef, KL_COEF_MAX)
+    return max(coef / KL_COEF_STEP, KL_COEF_MIN) if kl < target / 1.5 else coef
 
 
 # ---------------------------------------------------------------- policy losses

@@ -115,6 +115,12 @@ class PolicyGradient:
                 "algorithm.dynamic_sampling=true trains on answers that waited for a step, which an older policy "
                 "sampled, and nothing corrects for that; set tis_clip (2.0, say), or proximal=sampler"
             )
+        low, high = functional.KL_COEF_MIN, functional.KL_COEF_MAX
+        if self.kl_target is not None and self.kl_coef > 0 and not low <= self.kl_coef <= high:
+            raise ValueError(
+                f"algorithm.kl_coef={self.kl_coef} with kl_target={self.kl_target}: the coefficient is adapted within "
+                f"[{low}, {high}]; start it there, or set kl_target=null"
+            )
         if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "algorithm.kl_estimator=k1 with kl_in=loss: on the policy's own samples the expectation of its "
@@ -174,11 +180,12 @@ class PolicyGradient:
     def mean_kl(self, batch: Batch) -> float:
         """KL to the reference per trained token, in nats, of the policy that sampled; of no token, 0.
 
-        Always k3: in a small batch k1, as unbiased, is often negative, and kl_coef would be steered by noise.
+        Always k1, which is unbiased with little variance in the mean over a batch. That of k3 lies in the few tokens
+        that the policy has all but given up: where k1 told 0.6 nats, k3 told 0.36 to 0.96 from step to step.
         """
         trained = batch.loss_mask
         sampled, reference = batch.rollout_logprobs[trained].double(), batch.column("ref_logprobs")[trained].double()
-        kl = functional.kl_estimate(sampled, reference, "k3")
+        kl = functional.kl_estimate(sampled, reference, "k1")
         return float(kl.sum() / max(1, len(kl)))
 
     def adapted(self, batch: Batch, step: int) -> Self:

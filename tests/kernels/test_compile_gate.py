@@ -10,12 +10,13 @@ kernels serve batches of all sizes, if not one.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from compile_only import SHARED_MEMORY
 
 HERE = Path(__file__).parent
 OPS = sorted(p.stem for p in (HERE / "shipped").glob("*.py"))
+Printed = Callable[[str, str], Any]
 NO_KERNELS = {"__init__", "attention_work", "fixed_work", "inputs", "ragged", "tiles"}
 
 
@@ -38,11 +40,14 @@ def run_without_interpreter(program: str, op: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@functools.cache
-def report(op: str) -> dict[str, list[dict[str, Any]]]:
-    """What the compiler made of the op's kernels."""
-    found: dict[str, list[dict[str, Any]]] = run_without_interpreter("compile_only.py", op)
-    return found
+@pytest.fixture(scope="module")
+def printed(request: pytest.FixtureRequest) -> Iterator[Printed]:
+    """What a program prints of an op. All that the tests of this file ask for run ahead, one for each core."""
+    tests = [item.callspec.params for item in request.session.items if item.path == request.path and "[" in item.name]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {of: pool.submit(run_without_interpreter, *of) for of in [(p["program"], p["op"]) for p in tests]}
+        yield lambda program, op: running[program, op].result()
+        pool.shutdown(cancel_futures=True)
 
 
 def test_every_file_of_kernels_is_in_the_gate() -> None:
@@ -50,10 +55,10 @@ def test_every_file_of_kernels_is_in_the_gate() -> None:
     assert files - NO_KERNELS == set(OPS)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_kernels_compile_for_sm_90_as_intended(op: str) -> None:
+@pytest.mark.parametrize(("program", "op"), [("compile_only.py", op) for op in OPS])
+def test_kernels_compile_for_sm_90_as_intended(program: str, op: str, printed: Printed) -> None:
     shipped = importlib.import_module(f"shipped.{op}")
-    found = report(op)
+    found = printed(program, op)
     assert found and all(found.values()), f"never launched: {[name for name, made in found.items() if not made]}"
     for kernel, configurations in found.items():
         print(f"{kernel}: {len(configurations)} configurations")
@@ -69,11 +74,11 @@ def test_kernels_compile_for_sm_90_as_intended(op: str) -> None:
                 assert made["spills"] == 0 and made["stack"] == 0, made
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_no_kernel_is_compiled_anew_because_a_batch_is_longer(op: str) -> None:
+@pytest.mark.parametrize(("program", "op"), [("count_compilations.py", op) for op in OPS])
+def test_no_kernel_is_compiled_anew_because_a_batch_is_longer(program: str, op: str, printed: Printed) -> None:
     shipped = importlib.import_module(f"shipped.{op}")
     if not hasattr(shipped, "launch_batch"):
         pytest.skip("it says nothing of batches")
     allowed = getattr(shipped, "VARIANTS", {})
-    for kernel, count in run_without_interpreter("count_compilations.py", op).items():
+    for kernel, count in printed(program, op).items():
         assert 1 <= count <= allowed.get(kernel, 1), f"{kernel}: compiled {count} times for 50 batches"

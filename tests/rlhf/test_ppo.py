@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -298,41 +297,44 @@ def test_the_critic_warms_up_alone_and_is_always_asked() -> None:
 
 @pytest.mark.parametrize(
     ("kl", "expected"),
-    [(0.31, 0.2), (0.29, 0.1), (0.2, 0.1), (0.14, 0.1), (0.13, 0.05), (-1.0, 0.05)],
+    [(0.31, 0.11), (0.29, 0.1), (0.2, 0.1), (0.14, 0.1), (0.13, 0.1 / 1.1), (-1.0, 0.1 / 1.1)],
 )
 def test_the_controller_by_hand(kl: float, expected: float) -> None:
     """Target 0.2: up above 0.3, down below 0.1333."""
-    assert adapted_kl_coef(0.1, kl, 0.2) == expected
+    assert adapted_kl_coef(0.1, kl, 0.2) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_coefficient_stays_within_its_bounds_whatever_happens() -> None:
     low = high = 0.02
     for _ in range(2000):
         low, high = adapted_kl_coef(low, 0.0, 0.1), adapted_kl_coef(high, 50.0, 0.1)
-    assert (low, high) == (1e-6, 1e3)
+    assert (low, high) == (1e-4, 10.0)
 
 
 def batch_with_kl(kl: float) -> Batch:
-    """Every token's k3 is ``kl``: r - 1 - log r for the r > 1 that bisection finds."""
-    low, high = 0.0, 12.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if math.expm1(middle) - middle < kl else (low, middle)
-    answer = Answer(2, 0, 1.0, now=[-9.0] * 3, old=[-9.0] * 3, ref=[-20.0 + low] * 3, rollout=[-20.0] * 3)
+    """The sampler's log-probs are above the reference's by ``kl`` in the mean; the trainer's old ones are elsewhere."""
+    ref = [-60.0 - kl + spread for spread in (-1.0, 0.0, 1.0)]
+    answer = Answer(2, 0, 1.0, now=[-9.0] * 3, old=[-9.0] * 3, ref=ref, rollout=[-60.0] * 3)
     return batch_of([answer], {**AXES, "kl_coef": 0.1})
 
 
-def simulated(ppo: PPO, controller: Callable[[float, float, float], float] = adapted_kl_coef) -> list[float]:
-    """KL of a policy that drifts to where the coefficient lets it, step by step."""
+Controller = Callable[[float, float, float], float]
+
+
+def simulated(
+    ppo: PPO, controller: Controller = adapted_kl_coef, follows: float = 0.5, pull: float = 50.0, steps: int = 200
+) -> list[tuple[float, float]]:
+    """(KL, coefficient) after each step, of a policy whose reward pulls it to ``pull`` nats, or to where the
+    coefficient lets it, of which way it goes the part ``follows`` in a step."""
     kl, history = 0.0, []
-    for step in range(1, 200):
-        kl += 0.5 * (min(50.0, 0.02 / ppo.kl_coef) - kl)
+    for step in range(1, steps):
+        kl += follows * (min(pull, 0.02 / ppo.kl_coef) - kl)
         adapted = ppo.adapted(batch_with_kl(kl), step)
         if controller is not adapted_kl_coef:
             assert ppo.kl_target is not None
             adapted = replace(ppo, kl_coef=controller(ppo.kl_coef, kl, ppo.kl_target))
         ppo = adapted
-        history.append(kl)
+        history.append((kl, ppo.kl_coef))
     return history
 
 
@@ -340,21 +342,35 @@ def simulated(ppo: PPO, controller: Callable[[float, float, float], float] = ada
 @pytest.mark.parametrize("target", [0.01, 0.1, 1.0])
 def test_the_adaptive_coefficient_brings_the_kl_to_its_target(coef: float, target: float) -> None:
     history = simulated(PPO(kl_coef=coef, kl_target=target))
-    assert all(target / 1.5 <= kl <= 1.5 * target for kl in history[-50:])
+    assert all(target / 1.5 <= kl <= 1.5 * target for kl, _ in history[-50:])
 
 
 def test_a_controller_of_the_wrong_direction_would_be_seen() -> None:
     def wrong(coef: float, kl: float, target: float) -> float:
-        return coef * coef / adapted_kl_coef(coef, kl, target)
+        return min(10.0, max(1e-4, coef * coef / adapted_kl_coef(coef, kl, target)))
 
     history = simulated(PPO(kl_target=0.1), wrong)
-    assert not any(0.1 / 1.5 <= kl <= 1.5 * 0.1 for kl in history[-50:])
+    assert not any(0.1 / 1.5 <= kl <= 1.5 * 0.1 for kl, _ in history[-50:])
+
+
+def test_where_the_kl_is_slow_the_coefficient_does_not_run_away() -> None:
+    """A KL that follows over 50 steps, and a reward that pulls it above the target: the quickstart's. 0.02 / 0.5 would
+    hold it there; a coefficient that is doubled and halved comes to 20 times that, and takes the policy back."""
+
+    def doubled(coef: float, kl: float, target: float) -> float:
+        return min(2 * coef, 10.0) if kl > 1.5 * target else max(coef / 2, 1e-4) if kl < target / 1.5 else coef
+
+    def highest(controller: Controller) -> float:
+        ppo = PPO(kl_coef=0.01, kl_target=0.5)
+        return max(coef for _, coef in simulated(ppo, controller, follows=0.02, pull=1.2, steps=400))
+
+    assert highest(adapted_kl_coef) < 5 * 0.02 / 0.5 < 15 * 0.02 / 0.5 < highest(doubled)
 
 
 def test_the_coefficient_waits_while_the_policy_does() -> None:
     ppo = PPO(kl_coef=0.1, kl_target=0.2, critic_warmup_steps=2)
-    assert [ppo.adapted(batch_with_kl(0.0), step).kl_coef for step in (1, 2, 3)] == [0.1, 0.1, 0.05]
-    assert ppo.adapted(batch_with_kl(5.0), 3) == replace(ppo, kl_coef=0.2)
+    assert [ppo.adapted(batch_with_kl(0.0), step).kl_coef for step in (1, 2, 3)] == [0.1, 0.1, 0.1 / 1.1]
+    assert ppo.adapted(batch_with_kl(5.0), 3) == replace(ppo, kl_coef=1.1 * 0.1)
     assert PPO(kl_coef=0.1).adapted(batch_with_kl(5.0), 3) == PPO(kl_coef=0.1)
     nothing = batch_with_kl(5.0)
     nothing = nothing.replace(loss_mask=torch.zeros_like(nothing.loss_mask))
@@ -362,9 +378,14 @@ def test_the_coefficient_waits_while_the_policy_does() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_the_kl_that_steers_is_that_of_the_policy_that_sampled_and_never_negative(estimator: Any) -> None:
-    """Log-ratios -1 and 2 of the reference over the sampler: e^-1 and e^2 - 3; k1 would be -1/2 in the mean."""
+def test_the_kl_that_steers_is_the_mean_log_ratio_of_the_policy_that_sampled(estimator: Any) -> None:
+    """Log-ratios of the sampler over the reference of 1 and -2, whatever the penalty's estimator and the old policy."""
     answer = Answer(1, 0, 1.0, now=[-9.0] * 2, old=[-8.0] * 2, ref=[-3.0, -1.0], rollout=[-2.0, -3.0])
     batch = batch_of([answer], {**AXES, "kl_coef": 0.1})
-    expected = (math.exp(-1) + math.exp(2) - 3) / 2
-    assert PPO(kl_estimator=estimator).mean_kl(batch) == pytest.approx(expected, rel=1e-6)
+    assert PPO(kl_estimator=estimator).mean_kl(batch) == -0.5
+
+
+@pytest.mark.parametrize("coef", [5e-5, 20.0])
+def test_a_coefficient_that_the_controller_would_not_hold_is_refused(coef: float) -> None:
+    with pytest.raises(ValueError, match=r"kl_coef=.*\[0.0001, 10.0\]"):
+        PPO(kl_coef=coef, kl_target=0.1)
