@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference.sampling import CDF_TILE
+from kernels.triton.elementary import LOG2E
 
 TILES = 16  # read at a time by a program of 8 warps: 16 entries a thread, in four loads of 16 bytes
-LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -40,7 +40,7 @@ def inverse_temperature(temperature):
 @triton.jit
 def weight(x, top, inverse):
     """exp((x - top) / temperature), what an entry's probability is in proportion to. At most 1; 0 for -inf."""
-    return tl.exp2((x - top) * (inverse * LOG2_E))
+    return tl.exp2((x - top) * (inverse * LOG2E))
 
 
 @triton.jit

@@ -18,10 +18,10 @@ from kernels import reference
 from kernels.dispatch import warn_once
 from kernels.reference.dense import linear
 from kernels.reference.logprobs import Product
+from kernels.triton.elementary import LOG2E
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1000.0)  # exponent of 2: gives 0 in fp32, and 0 * -1000 isn't NaN, as 0 * -inf would be
 GROUP = tl.constexpr(16)  # row tiles whose hidden states stay in the L2 cache: 16 MB at H = 4096
 
@@ -100,7 +100,7 @@ def softcapped(z, softcap, SOFTCAP: tl.constexpr):
 def log2_scale(temperature, row):
     """log2(e) / temperature[row]; a temperature of 0 counts as 1."""
     heat = tl.load(temperature + row).to(tl.float32)
-    return 1 / tl.where(heat > 0, heat, 1.0) * LOG2_E
+    return 1 / tl.where(heat > 0, heat, 1.0) * LOG2E
 
 
 @triton.jit

@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from kernels import reference
 from kernels.reference.dense import linear
 from kernels.reference.logprobs import Product
+from kernels.triton.elementary import LN2
 from kernels.triton.logits import (
-    LN_2,
     Form,
     check_head,
     exponent,
@@ -182,8 +182,8 @@ def _token_logprobs_merge_kernel(
         total = tl.exp2(before) * total + tl.sum(tl.exp2(u) * totals, 1)
         peak = top
     bits = tl.log2(total)
-    tl.store(logprob + row, ((aim - peak) * scale - bits) * LN_2, mask=seen)
-    tl.store(entropy + row, (bits - moment / total) * LN_2, mask=seen)
+    tl.store(logprob + row, ((aim - peak) * scale - bits) * LN2, mask=seen)
+    tl.store(entropy + row, (bits - moment / total) * LN2, mask=seen)
     tl.store(peak_out + row, peak, mask=seen)
     tl.store(log_total + row, bits, mask=seen)
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.elementary import LN2
 from kernels.triton.logits import (
-    LN_2,
     Form,
     add_mm,
     exponent,
@@ -66,10 +66,10 @@ def _gradient(
     upstream = tl.load(dlogprob + row)[:, None]
     pull = upstream
     if ENTROPY:
-        pull += tl.load(dentropy + row)[:, None] * (u * LN_2 + tl.load(entropy + row)[:, None])
+        pull += tl.load(dentropy + row)[:, None] * (u * LN2 + tl.load(entropy + row)[:, None])
     target = tl.load(targets + row).to(tl.int32)
     dz = tl.where(column[None, :] == target[:, None], upstream, 0.0) - tl.exp2(u) * pull
-    dz *= (scale * LN_2)[:, None]
+    dz *= (scale * LN2)[:, None]
     if SOFTCAP:
         z *= 1 / softcap
         dz *= 1 - z * z

@@ -20,9 +20,9 @@ from kernels import reference
 from kernels.dispatch import warn_once
 from kernels.reference.attention import CAUSAL, AttentionKind, AttentionPlan, score_scale
 from kernels.triton import paged_attention
+from kernels.triton.elementary import LOG2E, tanh
 from kernels.triton.packed_attention_backward import packed_attention_backward
 from kernels.triton.ragged import (
-    LOG2E,
     Tile,
     find_tile,
     fp32_tile,
@@ -32,7 +32,6 @@ from kernels.triton.ragged import (
     partly_hidden,
     sees,
     store_rows,
-    tanh,
     whole_heads,
 )
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference.attention import AttentionKind, AttentionPlan
+from kernels.triton.elementary import LOG2E, tanh
 from kernels.triton.ragged import (
-    LOG2E,
     Tile,
     find_tile,
     fp32_tile,
@@ -25,7 +25,6 @@ from kernels.triton.ragged import (
     queries_seeing,
     sees,
     store_rows,
-    tanh,
     whole_heads,
 )
 

@@ -21,22 +21,8 @@ from kernels.reference.attention import CAUSAL, score_scale
 from kernels.reference.kv_store import Scales
 from kernels.triton import tiles
 from kernels.triton.attention_work import Work, divide, table_block
+from kernels.triton.elementary import LN2, LOG2E, tanh
 from kernels.triton.kv_store import check_cache, heads_together, store_kv
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tanh(x):
-    """To a few units in the last place also near 0, where 1 - 2 / (exp(2x) + 1) keeps no small digits.
-
-    There a polynomial: (tanh(x) / x - 1) / x^2 interpolated at Chebyshev points of x^2 in [0, 0.3].
-    """
-    square = x * x
-    series = ((-0.00662717 * square + 0.0213181864) * square - 0.0539108359) * square + 0.133331208
-    small = x + x * square * (series * square - 0.333333321)
-    return tl.where(square < 0.3, small, 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1))
 
 
 @triton.jit
@@ -89,7 +75,7 @@ def _attend(
             place = (page * tl.num_programs(1) + head) * (per_page * BLOCK) + slot  # 32 bits: check_cache sees to it
             s *= tl.load(k_scale + place, mask=seen, other=0.0)[None, :]
         if SOFTCAP:
-            s = _tanh(s * (scale / softcap)) * (softcap * LOG2E)
+            s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
         else:
             s *= scale * LOG2E
         if MASKED:

@@ -17,8 +17,6 @@ from kernels.reference.attention import AttentionKind, AttentionPlan, score_scal
 MAX_WINDOW = 1 << 30  # more than any sequence has; sums with it stay in int32
 MAX_STRIDE = 1 << 24  # elements between tokens: offsets within a tile, of at most 128 rows, are int32
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def load_rows(rows, i, stride: tl.constexpr, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -35,14 +33,6 @@ def store_rows(rows, x, i, stride: tl.constexpr, num_rows, DIM: tl.constexpr, BL
     d = tl.arange(0, BLOCK_D)
     seen = (i[:, None] < num_rows) & (d[None, :] < DIM)
     tl.store(rows + i[:, None] * stride + d[None, :], x.to(rows.dtype.element_ty), mask=seen)
-
-
-@triton.jit
-def tanh(x):
-    # The quotient cancels near 0; there the series is exact to fp32.
-    y = x * x
-    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315))))
-    return tl.where(tl.abs(x) < 0.2, series, 1 - 2 / (tl.exp(2 * x) + 1))
 
 
 @triton.jit

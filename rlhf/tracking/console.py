@@ -51,7 +51,7 @@ def step_line(row: dict[str, Any], steps: int) -> str:
         parts.append(f"ent {short(row['policy/entropy'])} clip {row['policy/clip_fraction']:.1%}")
         parts.append(f"gap {short(row['rollout/logprob_gap_max'])}")
     if "critic/explained_variance" in row:
-        parts.append(f"critic {row['critic/explained_variance']:.0%}")
+        parts.append(f"critic {row['critic/explained_variance']:z.0%}")
     if row.get("policy/skipped_updates"):
         parts.append(f"SKIPPED {row['policy/skipped_updates']:.0f} updates")
     if failed := row.get("reward/errors", 0) + row.get("reward/timeouts", 0):

@@ -26,7 +26,7 @@ from compile_only import SHARED_MEMORY
 HERE = Path(__file__).parent
 OPS = sorted(p.stem for p in (HERE / "shipped").glob("*.py"))
 Printed = Callable[[str, str], Any]
-NO_KERNELS = {"__init__", "attention_work", "fixed_work", "inputs", "ragged", "tiles"}
+NO_KERNELS = {"__init__", "attention_work", "elementary", "fixed_work", "inputs", "ragged", "tiles"}
 
 
 def run_without_interpreter(program: str, op: str) -> Any:
