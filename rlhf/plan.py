@@ -109,7 +109,10 @@ def check_placement(config: Config) -> None:
     given = ", ".join(f"{keys[role]}={count}" for role, count in ranks.items())
     if cluster.placement == "separate":
         if cluster.kind == "local":
-            raise ValueError("cluster.placement=separate: cluster.kind=local is one process; set cluster.kind=ray")
+            raise ValueError(
+                "cluster.placement=separate: cluster.kind=local is one process; set cluster.kind=ray, or "
+                "cluster.placement=colocated"
+            )
         if cluster.gpus and sum(ranks.values()) != cluster.gpus:
             raise ValueError(
                 f"cluster.placement=separate gives every rank a GPU of its own: {given} make {sum(ranks.values())}, "

@@ -72,7 +72,7 @@ def test_five_roles_of_the_ppo_quickstart_give_the_same_bits_wherever_they_sit(
         assert main([*ppo, *SMALL, *SUMS, *overrides]) == 0
         return Path("runs/arithmetic-ppo/latest").resolve()
 
-    local = train("cluster.kind=local")
+    local = train("cluster.kind=local", "cluster.placement=colocated")
     rows = metrics_of(local)
     assert [row["rollout/logprob_gap_max"] for row in rows[1:]] == [0.0, 0.0]
     assert rows[-1]["policy/kl"] > 0 and rows[-1]["critic/loss"] > 0
