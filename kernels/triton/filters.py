@@ -224,8 +224,8 @@ def _filter_kernel(
     whole = tl.load(sums + row * tiles + tile, mask=tile < tiles, other=0.0)
     tl.store(kept + tile, whole, mask=tile < tiles)
     masses = whole * weight(largest, top, inverse)
-    border = tl.to_tensor(LOWEST)  # which keeps all that have mass
-    last = tl.to_tensor(vocab)
+    border = tl.full((), LOWEST, tl.float32)  # which keeps all that have mass
+    last = tl.cast(vocab, tl.int32)
     count = last
     if min_p is not None:
         ratio = tl.load(min_p + row)

@@ -71,7 +71,7 @@ def _packed_attention_kernel(
     mass = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(begin, end, BLOCK_N):
-        at = tl.to_tensor(start).to(tl.int64)
+        at = tl.cast(start, tl.int64)
         keys = load_rows(k + at * k_stride, n, k_stride, num_keys - start, DIM, BLOCK_D)
         s = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
         if CAPPED:

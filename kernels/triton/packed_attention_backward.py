@@ -76,7 +76,7 @@ def _packed_attention_dq_kernel(
     begin, end = keys_seen(place, num_keys, window, WINDOWED, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_N):
-        at = tl.to_tensor(start).to(tl.int64)
+        at = tl.cast(start, tl.int64)
         keys = load_rows(k + at * k_stride, n, k_stride, num_keys - start, DIM, BLOCK_D)
         s = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
         masked = partly_hidden(place, start, window, WINDOWED, BLOCK_M, BLOCK_N)
