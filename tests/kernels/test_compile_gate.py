@@ -1,9 +1,9 @@
 """Every shipped kernel in every shipped configuration compiles for sm_90, without a GPU, and as intended.
 
 ``shipped/<op>.py`` has, for ``kernels/triton/<op>.py``: ``launch()``, which calls the op's wrappers once per
-configuration; ``PRODUCTS``, the tensor-core instruction that a kernel must use, by its name, or a function that says so
-from a configuration's types and constants (a kernel that isn't listed must use none, and so must one of fp32 numbers);
-and ``SPILLS``, the reasons why a kernel may spill.
+configuration; ``PRODUCTS``, the one tensor-core instruction that a kernel must use, by its name, or a function that
+says so from a configuration's types and constants (a kernel that isn't listed must use none, and so must one of fp32
+numbers); and ``SPILLS``, the reasons why a kernel may spill.
 ``launch_batch(tokens)`` calls the wrappers for a batch of that size, and ``VARIANTS`` says, by name, how many compiled
 kernels serve batches of all sizes, if not one.
 """
@@ -77,7 +77,7 @@ def test_kernels_compile_for_sm_90_as_intended(program: str, op: str, printed: P
                 wanted = wanted(made["constants"])
             elif made["dtype"] == "fp32":
                 wanted = None
-            assert (wanted in made["products"]) if wanted else not made["products"], made
+            assert made["products"] == ([wanted] if wanted else []), made
             assert made["shared"] <= SHARED_MEMORY, made
             if kernel not in shipped.SPILLS:
                 assert made["spills"] == 0 and made["stack"] == 0, made
