@@ -277,9 +277,9 @@ class LLM:
             if not chunk.samples:
                 continue
             for seq in [chunk.seq] if chunk.seq.group.forked else self.scheduler.fork(chunk.seq):
-                token, *logprobs = next(columns)
+                token, *measured = next(columns)
                 seq.token_ids.append(token)
-                seq.logprobs.append(tuple(logprobs))
+                seq.columns.append(tuple(measured))
                 seq.versions.append(self.scheduler.version)
                 self.counters.sampled += 1
                 stopped = self._stops(seq, token)
@@ -306,14 +306,16 @@ class LLM:
     def _finish(self, seq: Sequence, reason: str, stop: int | str | None) -> None:
         group = seq.group
         token_ids = tuple(seq.token_ids[len(group.prompt_ids) :])
-        policy, processed, kept = zip(*seq.logprobs, strict=True) if seq.logprobs else ((), (), ())
+        columns = zip(*seq.columns, strict=True) if seq.columns else ((),) * 4
+        policy, processed, kept, entropies = columns
         shown = None
         if group.params.logprobs is not None:
             shown = [{token: Logprob(logprob)} for token, logprob in zip(token_ids, policy, strict=True)]
         text = self._detokenizer.text(token_ids, group.params)[0] if self._detokenizer else ""
         group.outputs[seq.index] = CompletionOutput(
-            seq.index, text, token_ids, reason, stop, seq.sample_id, policy, processed, kept, tuple(seq.versions), shown
-        )
+            seq.index, text, token_ids, reason, stop, seq.sample_id,
+            policy, processed, kept, entropies, tuple(seq.versions), shown,
+        )  # fmt: skip
 
     def _output(self, group: Group) -> RequestOutput:
         del self._groups[group.request_id]

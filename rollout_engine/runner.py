@@ -110,10 +110,11 @@ class Runner:
         return SampledTokens(*columns)
 
     def _rescored(self, found: SampledTokens, hidden: Tensor, heat: Tensor) -> SampledTokens:
-        """The same tokens with the log-probs that the trainer will compute for them."""
-        logprobs, _ = self.decoder.head(hidden, found.tokens, heat)
+        """The same tokens with the log-probs and entropies that the trainer will compute for them."""
+        logprobs, entropy = self.decoder.head(hidden, found.tokens, heat)
         kept = torch.where(heat > 0, found.log_kept_mass, logprobs)
-        return replace(found, logprobs=logprobs, processed_logprobs=logprobs - kept, log_kept_mass=kept)
+        processed = logprobs - kept
+        return replace(found, logprobs=logprobs, processed_logprobs=processed, log_kept_mass=kept, entropy=entropy)
 
     def _banned(self, z: Tensor, bans: dict[int, list[int]]) -> Tensor | None:
         """The tokens of ``bans`` (row -> ids) as a mask over logits z [R, V]; None where there are none."""

@@ -98,6 +98,7 @@ class CompletionOutput:
     policy_logprobs: tuple[float, ...]  # full vocabulary, at the sampling temperature
     processed_logprobs: tuple[float, ...]  # under the distribution sampled from: min_tokens, min_p, top_k, top_p
     log_kept_mass: tuple[float, ...]  # log of the mass that those left
+    entropies: tuple[float, ...]  # of the full vocabulary at the sampling temperature, in nats
     weight_versions: tuple[int, ...]  # version of the weights that produced the token
     logprobs: list[dict[int, Logprob]] | None = None  # vLLM's shape, when asked for
 
@@ -178,7 +179,7 @@ class Sequence:
     num_once: int = 0  # tokens that were computed or cached at some time; below it, forwarding is recomputing
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of the leading full pages
-    logprobs: list[tuple[float, float, float]] = field(default_factory=list)  # policy, processed, kept mass
+    columns: list[tuple[float, ...]] = field(default_factory=list)  # of SampledTokens, for each token but itself
     versions: list[int] = field(default_factory=list)
 
     @property

@@ -7,6 +7,7 @@ process, so trainer and engine agree. ``python -m kernels.cpu`` builds the exten
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -317,10 +318,13 @@ def sample_tokens(
     **named: Tensor | None,
 ) -> SampledTokens:
     ops = _ops(z)
-    if ops is None or any(given is not None for given in (*filters, *named.values())):
+    if ops is None:
         return reference.sample_tokens(z, temperature, uniform, *filters, **named)
     logp = reference.distribution(z, temperature)  # as the trainer's log-probs
-    tokens, logprobs = ops.draw(z.contiguous(), logp, temperature.contiguous(), uniform.contiguous())
+    tokens, logprobs, entropy = ops.draw(z.contiguous(), logp, temperature.contiguous(), uniform.contiguous())
+    if any(given is not None for given in (*filters, *named.values())):
+        # The entropy's bits mustn't tell whether another row filters.
+        return replace(reference.sample_tokens(z, temperature, uniform, *filters, **named), entropy=entropy)
     greedy = temperature == 0
     processed = logprobs.masked_fill(greedy, 0.0)
-    return SampledTokens(tokens, logprobs, processed, logprobs - processed)
+    return SampledTokens(tokens, logprobs, processed, logprobs - processed, entropy)

@@ -26,7 +26,7 @@ TORCH_LIBRARY(onpolicy, m) {
   m.def("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("philox_uniform(Tensor seed, Tensor sample_id, Tensor position) -> Tensor");
-  m.def("draw(Tensor z, Tensor logp, Tensor temperature, Tensor uniform) -> (Tensor, Tensor)");
+  m.def("draw(Tensor z, Tensor logp, Tensor temperature, Tensor uniform) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(onpolicy, CPU, m) {

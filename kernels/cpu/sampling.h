@@ -34,25 +34,35 @@ inline at::Tensor philox_uniform(const at::Tensor& seed, const at::Tensor& sampl
   return out;
 }
 
-// First entry whose running sum exceeds uniform * total, never one of mass zero. p is scratch of the row's width.
-inline int64_t inverse_cdf(const float* logp, float* p, std::vector<float>& tile_cdf, int64_t vocab, float uniform) {
-  float total = 0;
+// A row's probabilities p, and their running sums by tile. Returns the entropy.
+inline float probabilities(const float* logp, float* p, std::vector<float>& tile_cdf, int64_t vocab) {
+  float total = 0, entropy = 0;
   tile_cdf.clear();
   for (int64_t begin = 0; begin < vocab; begin += kCdfTile) {
     const int64_t end = std::min(vocab, begin + kCdfTile);
-    Vec mass(0.f);
+    Vec mass(0.f), moment(0.f);
     for (int64_t i = begin; i < end; i += kLanes) {
       const int64_t n = std::min(kLanes, end - i);
-      const Vec v = Vec::loadu(logp + i, n).exp();
+      const Vec log = Vec::loadu(logp + i, n), v = log.exp();
       v.store(p + i, n);
+      moment = moment + Vec::blendv(v * log, Vec(0.f), v == Vec(0.f));  // 0 * -inf is NaN
       mass = mass + (n == kLanes ? v : Vec::loadu(p + i, n));  // the rest of a short vector counts as 0
     }
-    float lanes[kLanes];
+    float lanes[kLanes], moments[kLanes];
     mass.store(lanes);
-    for (int64_t i = 0; i < kLanes; ++i) total += lanes[i];
+    moment.store(moments);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      total += lanes[i];
+      entropy -= moments[i];
+    }
     tile_cdf.push_back(total);
   }
-  const float threshold = uniform * total;
+  return entropy;
+}
+
+// First entry whose running sum exceeds uniform * total, never one of mass zero.
+inline int64_t inverse_cdf(const float* p, const std::vector<float>& tile_cdf, int64_t vocab, float uniform) {
+  const float threshold = uniform * tile_cdf.back();
   // Rounding may lift the threshold to the total, or to a tile's own sum: then the last entry with mass is taken.
   int64_t last = -1, tile = std::upper_bound(tile_cdf.begin(), tile_cdf.end(), threshold) - tile_cdf.begin();
   tile = std::min<int64_t>(tile, tile_cdf.size() - 1);
@@ -68,25 +78,28 @@ inline int64_t inverse_cdf(const float* logp, float* p, std::vector<float>& tile
   return std::max<int64_t>(0, last);
 }
 
-// z and its log-softmax logp [R, V], temperature and uniform [R] -> token (arg max of z at temperature 0) and its logp.
-inline std::tuple<at::Tensor, at::Tensor> draw(const at::Tensor& z, const at::Tensor& logp, const at::Tensor& temperature,
-                                        const at::Tensor& uniform) {
+// z and its log-softmax logp [R, V], temperature and uniform [R] -> token (arg max of z at temperature 0), its logp, and
+// the row's entropy.
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> draw(const at::Tensor& z, const at::Tensor& logp,
+                                                           const at::Tensor& temperature, const at::Tensor& uniform) {
   const int64_t rows = z.size(0), vocab = z.size(1);
   at::Tensor tokens = at::empty({rows}, z.options().dtype(at::kLong)), chosen = at::empty({rows}, z.options());
+  at::Tensor entropy = at::empty({rows}, z.options());
   const float *logits = z.const_data_ptr<float>(), *logps = logp.const_data_ptr<float>();
   const float *heat = temperature.const_data_ptr<float>(), *noise = uniform.const_data_ptr<float>();
   int64_t* to = tokens.mutable_data_ptr<int64_t>();
-  float* to_logp = chosen.mutable_data_ptr<float>();
+  float *to_logp = chosen.mutable_data_ptr<float>(), *to_entropy = entropy.mutable_data_ptr<float>();
   at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / vocab), [&](int64_t begin, int64_t end) {
     std::vector<float> p(vocab), tile_cdf;
     for (int64_t row = begin; row < end; ++row) {
       const float *of = logits + row * vocab, *in = logps + row * vocab;
-      to[row] = heat[row] > 0 ? inverse_cdf(in, p.data(), tile_cdf, vocab, noise[row])
+      to_entropy[row] = probabilities(in, p.data(), tile_cdf, vocab);
+      to[row] = heat[row] > 0 ? inverse_cdf(p.data(), tile_cdf, vocab, noise[row])
                               : std::max_element(of, of + vocab) - of;
       to_logp[row] = in[to[row]];
     }
   });
-  return {tokens, chosen};
+  return {tokens, chosen, entropy};
 }
 
 }  // namespace onpolicy

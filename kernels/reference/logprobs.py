@@ -74,7 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logp = distribution(z, _pad(temperature[rows]))
             n = rows.stop - rows.start
             logprob[rows] = logp[:n].gather(1, targets[rows, None])[:, 0]
-            entropy[rows] = _entropy(logp)[:n]
+            entropy[rows] = entropy_of(logp)[:n]
         ctx.save_for_backward(hidden, weight, targets, temperature)
         ctx.num_tokens, ctx.softcap, ctx.product = num_tokens, softcap, product
         return logprob, entropy
@@ -95,7 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
             dz = p * -dlogprob[rows, None]
             dz.scatter_add_(1, targets[rows, None], dlogprob[rows, None])
             if dentropy.any():
-                surprise = torch.where(p > 0, logp, torch.zeros_like(logp)) + _entropy(logp)[:, None]
+                surprise = torch.where(p > 0, logp, torch.zeros_like(logp)) + entropy_of(logp)[:, None]
                 dz -= p * surprise * dentropy[rows, None]
             dz /= torch.where(heat > 0, heat, torch.ones_like(heat))[:, None]
             if ctx.softcap is not None:
@@ -106,7 +106,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return dhidden, dweight.to(weight.dtype), None, None, None, None, None
 
 
-def _entropy(logp: Tensor) -> Tensor:
+def entropy_of(logp: Tensor) -> Tensor:
+    """In nats, of each row of log-probs [R, V]: [R]."""
     p = torch.exp(logp)
     return -torch.where(p > 0, p * logp, torch.zeros_like(p)).sum(-1)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.logprobs import distribution
+from kernels.reference.logprobs import distribution, entropy_of
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -44,6 +44,7 @@ class SampledTokens:
     logprobs: Tensor  # [R] of the token under the full vocabulary at the sampling temperature
     processed_logprobs: Tensor  # [R] under the distribution that was sampled from (after bans and filters)
     log_kept_mass: Tensor  # [R] log of the probability that bans and filters left; 0 without any
+    entropy: Tensor  # [R] of the full vocabulary at the sampling temperature, in nats; a greedy row's at temperature 1
 
 
 def filter_mask(
@@ -102,7 +103,8 @@ def sample_tokens(
     logprobs = logp.gather(1, tokens[:, None])[:, 0]
     log_kept_mass = log_kept_mass + (logprobs - allowed.gather(1, tokens[:, None])[:, 0])
     processed = torch.where(temperature > 0, logprobs - log_kept_mass, torch.zeros_like(logprobs))
-    return SampledTokens(tokens, logprobs, processed, torch.where(temperature > 0, log_kept_mass, logprobs))
+    log_kept_mass = torch.where(temperature > 0, log_kept_mass, logprobs)
+    return SampledTokens(tokens, logprobs, processed, log_kept_mass, entropy_of(logp))
 
 
 def _inverse_cdf(p: Tensor, uniform: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 Three kernels, none of which sorts or makes the host wait:
 
-1. ``_sample_tiles_kernel`` reads the logits, and writes for each tile of 256 entries the largest and the sum of
-   exp((z - largest) / temperature); twice with bans, as the log-prob is of the full vocabulary.
+1. ``_sample_tiles_kernel`` reads the logits, and writes for each tile of 256 entries the largest, the sum of w =
+   exp(u), u = (z - largest) / temperature, and that of w u, which the entropy is made of; the first two again without
+   the banned ones, as log-prob and entropy are of the full vocabulary.
 2. ``_filter_kernel`` of ``filters.py``, if any row filters: the part of those sums that is kept.
 3. ``_sample_draw_kernel``, a program a row, has from these the log-sum-exp and the tiles' running masses, finds the
    tile by the uniform, reads it once more and finds the entry. A greedy row's is the first tile with the largest entry.
@@ -26,6 +27,7 @@ from kernels.triton.filters import inverse_temperature, is_kept, kept_prefixes, 
 
 TILES = 16  # that a program of 4 warps reads: 32 entries a thread, in eight loads of 16 bytes
 PHILOX_BLOCK = 128
+LOWEST = tl.constexpr(-1000.0)  # exponent that gives 0 in fp32, and 0 * -1000 isn't NaN, as 0 * -inf would be
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["seed", "sample_id", "position"])
@@ -60,8 +62,9 @@ def _sample_tiles_kernel(
     temperature,  # [R]
     maxima,  # [R, T] of the entries that aren't banned
     sums,  # [R, T]
-    full_maxima,  # [R, T] of all, with banned
+    full_maxima,  # [R, T] of all; without banned the same two
     full_sums,  # [R, T]
+    moments,  # [R, T]
     z_stride,
     banned_stride,
     vocab,
@@ -75,17 +78,20 @@ def _sample_tiles_kernel(
     seen = i < vocab
     inverse = inverse_temperature(tl.load(temperature + row))
     x = tl.load(z + row * z_stride + i, mask=seen, other=float("-inf"))
+    top = tl.max(x, axis=1)
+    w = tile_weights(x, top, inverse)
+    u = (x - tl.where(top == float("-inf"), 0.0, top)[:, None]) * inverse
+    moment = w * tl.maximum(u, LOWEST)
+    tl.store(full_maxima + row * tiles + tile, top, mask=tile < tiles)
+    tl.store(full_sums + row * tiles + tile, tl.sum(w, axis=1), mask=tile < tiles)
+    tl.store(moments + row * tiles + tile, tl.sum(moment, axis=1), mask=tile < tiles)
     if banned is not None:
-        top = tl.max(x, axis=1)
-        total = tl.sum(tile_weights(x, top, inverse), axis=1)
-        tl.store(full_maxima + row * tiles + tile, top, mask=tile < tiles)
-        tl.store(full_sums + row * tiles + tile, total, mask=tile < tiles)
         out = tl.load(banned + row * banned_stride + i, mask=seen, other=0)
         x = tl.where(out != 0, float("-inf"), x)
-    top = tl.max(x, axis=1)
-    total = tl.sum(tile_weights(x, top, inverse), axis=1)
-    tl.store(maxima + row * tiles + tile, top, mask=tile < tiles)
-    tl.store(sums + row * tiles + tile, total, mask=tile < tiles)
+        top = tl.max(x, axis=1)
+        total = tl.sum(tile_weights(x, top, inverse), axis=1)
+        tl.store(maxima + row * tiles + tile, top, mask=tile < tiles)
+        tl.store(sums + row * tiles + tile, total, mask=tile < tiles)
 
 
 @triton.jit
@@ -113,12 +119,14 @@ def _sample_draw_kernel(
     sums,  # [R, T] of those kept
     full_maxima,  # [R, T] of all
     full_sums,  # [R, T]
+    moments,  # [R, T]
     borders,  # [R] of filters.py, as the next; or None
     lasts,  # [R] int32
     tokens,  # [R] int64
     logprobs,  # [R]
     processed_logprobs,  # [R]
     log_kept_mass,  # [R]
+    entropy,  # [R]
     z_stride,
     banned_stride,
     vocab,
@@ -136,8 +144,12 @@ def _sample_draw_kernel(
     kept = tl.sum(mass, 0)
     full = tl.load(full_maxima + row * tiles + t, mask=t < tiles, other=float("-inf"))
     full_top = tl.max(full, 0)
-    total = tl.load(full_sums + row * tiles + t, mask=t < tiles, other=0.0) * weight(full, full_top, inverse)
-    total = tl.sum(total, 0)
+    share = weight(full, full_top, inverse)
+    sums_of_all = tl.load(full_sums + row * tiles + t, mask=t < tiles, other=0.0)
+    total = tl.sum(sums_of_all * share, 0)
+    lower = tl.maximum((full - full_top) * inverse, LOWEST)
+    moment = tl.load(moments + row * tiles + t, mask=t < tiles, other=0.0) + sums_of_all * lower
+    moment = tl.sum(moment * share, 0)
 
     threshold = tl.load(uniform + row) * kept
     tile, before = _draw(mass, threshold, BLOCK)
@@ -162,6 +174,7 @@ def _sample_draw_kernel(
     tl.store(logprobs + row, logprob)
     tl.store(processed_logprobs + row, logprob - left)
     tl.store(log_kept_mass + row, left)
+    tl.store(entropy + row, tl.log(total) - tl.div_rn(moment, total))
 
 
 def philox_uniform(seed: Tensor, sample_id: Tensor, position: Tensor) -> Tensor:
@@ -216,8 +229,9 @@ def sample_tokens(
     # compiled anew.
     maxima, sums = (z.new_empty((rows, tiles)) for _ in range(2))
     full_maxima, full_sums = (maxima, sums) if banned is None else (z.new_empty((rows, tiles)) for _ in range(2))
+    moments = z.new_empty((rows, tiles))
     tokens = torch.empty(rows, dtype=torch.int64, device=z.device)
-    out = SampledTokens(tokens, *(z.new_empty(rows) for _ in range(3)))
+    out = SampledTokens(tokens, *(z.new_empty(rows) for _ in range(4)))
     if not rows:
         return out
     shape = z.stride(0), 0 if banned is None else banned.stride(0), vocab, tiles
@@ -229,6 +243,7 @@ def sample_tokens(
         sums,
         full_maxima,
         full_sums,
+        moments,
         *shape,
         TILES=TILES,
         TILE=CDF_TILE,
@@ -239,7 +254,7 @@ def sample_tokens(
     if top_k is not None or top_p is not None or min_p is not None:
         kept, border, last = kept_prefixes(z, temperature, maxima, sums, top_k, top_p, min_p, banned)
     _sample_draw_kernel[(rows,)](
-        z, banned, temperature, uniform, maxima, kept, full_maxima, full_sums, border, last,
+        z, banned, temperature, uniform, maxima, kept, full_maxima, full_sums, moments, border, last,
         *vars(out).values(), *shape,
         BLOCK=triton.next_power_of_2(tiles), TILE=CDF_TILE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -108,13 +108,14 @@ def check_tokens(tokens: Tensor, log_weight: Tensor, uniform: Tensor) -> None:
 
 
 def check_columns(out: SampledTokens, case: Case, kept: Tensor) -> None:
-    """The three log-probs of the tokens drawn, given what the filters kept."""
+    """The three log-probs of the tokens drawn and the entropy, given what the filters kept."""
     full = case.logp()
     logprob = full.gather(1, out.tokens[:, None])[:, 0]
     mass = torch.where(kept, case.allowed(), -torch.inf).logsumexp(-1)
     offered = mass if case.banned is None else mass + torch.where(case.banned, -torch.inf, full).logsumexp(-1)
     offered = torch.where(case.temperature > 0, offered, logprob)
-    for found, true in ((out.logprobs, logprob), (out.log_kept_mass, offered)):
+    entropy = torch.special.entr(full.exp()).sum(-1)
+    for found, true in ((out.logprobs, logprob), (out.log_kept_mass, offered), (out.entropy, entropy)):
         assert found.dtype == torch.float32
         assert (found.double() - true).abs().max() <= 2e-6 * max(1.0, true.abs().max().item())
     assert torch.equal(out.processed_logprobs, out.logprobs - out.log_kept_mass)

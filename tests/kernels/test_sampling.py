@@ -130,6 +130,7 @@ def test_tokens_and_columns_match_float64_inverse_cdf(vocab: int, filtered: bool
     assert (out.logprobs.double() - logprob).abs().max() < 1e-5
     assert (out.log_kept_mass.double() - (full * kept).sum(-1).log()).abs().max() < 1e-5
     assert torch.equal(out.processed_logprobs, out.logprobs - out.log_kept_mass)
+    torch.testing.assert_close(out.entropy.double(), torch.special.entr(full).sum(-1), rtol=2e-6, atol=2e-6)
     if filtered:
         free = (top_k == 0) & (top_p == 1)
         assert free.any() and torch.count_nonzero(out.log_kept_mass[free]) == 0

@@ -71,7 +71,7 @@ class HashModel:
         if not tokens:
             return None
         logprobs = array("d", [-1.0 - token for token in tokens])
-        return SimpleNamespace(a=array("q", tokens), b=logprobs, c=logprobs, d=logprobs)
+        return SimpleNamespace(a=array("q", tokens), b=logprobs, c=logprobs, d=logprobs, e=logprobs)
 
 
 class Fuzz:

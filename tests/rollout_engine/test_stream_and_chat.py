@@ -214,6 +214,7 @@ def test_min_tokens_keeps_stopping_ids_out_and_reports_what_was_sampled(
             p[order[(p[order].cumsum(0) - p[order]) >= 0.9 * p.sum()]] = 0
             assert abs(answer.processed_logprobs[at] - (p[token] / p.sum()).log().item()) < 1e-5
             assert abs(answer.log_kept_mass[at] - full[p > 0].sum().log().item()) < 1e-5
+            assert abs(answer.entropies[at] - torch.special.entr(full).sum().item()) < 1e-5
 
 
 def test_greedy_decoding_honours_min_tokens(model: Model, make_llm: MakeLLM) -> None:
