@@ -10,14 +10,15 @@ from rlhf.types import Trajectory
 
 
 def draw_curve(history: list[dict[str, Any]], before: Evaluation, path: Path) -> None:
-    """Training reward, held-out accuracy and, where it differs, held-out reward over steps; the log-prob gap below."""
+    """Over steps: training reward, held-out accuracy and, where it differs, held-out reward; the policy's entropy and
+    KL to the reference; the log-prob gap."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
+    figure, (top, middle, bottom) = pyplot.subplots(
+        3, 1, figsize=(8, 7.5), height_ratios=(3, 1, 1), sharex=True, layout="constrained"
     )
     top.plot(
         [row["step"] for row in history], [row["reward/mean"] for row in history], color="0.7", label="training reward"
@@ -32,8 +33,20 @@ def draw_curve(history: list[dict[str, Any]], before: Evaluation, path: Path) ->
     top.set(ylim=(min(0, *shown), max(1.02, *shown)), ylabel="share, reward")
     top.legend(loc="lower right")
     top.grid(alpha=0.3)
-    gaps = {row["step"]: row["rollout/logprob_gap_max"] for row in history if "rollout/logprob_gap_max" in row}
-    bottom.plot(list(gaps), list(gaps.values()), color="tab:red")  # none while a critic warms up alone
+
+    def plot(axes: Any, key: str, **style: Any) -> None:
+        """Of the steps that have it: a run without a reference has no KL, a critic that warms up alone no gap."""
+        points = {row["step"]: row[key] for row in history if key in row}
+        if points:
+            axes.plot(list(points), list(points.values()), **style)
+
+    plot(middle, "policy/entropy", color="tab:green", label="entropy")
+    plot(middle, "rollout/kl", color="tab:purple", label="KL to the reference")
+    middle.set(ylabel="nats a token")
+    if middle.lines:
+        middle.legend(loc="center right")
+    middle.grid(alpha=0.3)
+    plot(bottom, "rollout/logprob_gap_max", color="tab:red")
     bottom.set(xlabel="step", ylabel="max |Δ log p|\nsampler - trainer")
     bottom.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -224,7 +224,7 @@ def test_the_curve_shows_held_out_reward_where_it_differs_from_accuracy(
     drawn: list[tuple[list[str], tuple[float, float]]] = []
 
     def keep(self: figure.Figure, *args: object, **kwargs: object) -> None:
-        (top, _) = self.axes
+        (top, _, _) = self.axes
         drawn.append(([str(line.get_label()) for line in top.lines], top.get_ylim()))
 
     monkeypatch.setattr(figure.Figure, "savefig", keep)
@@ -236,6 +236,27 @@ def test_the_curve_shows_held_out_reward_where_it_differs_from_accuracy(
         (["training reward", "held-out accuracy"], (-1.5, 1.02)),
         (["training reward", "held-out accuracy", "held-out reward"], (-1.5, 3.0)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("measured", "labels"),
+    [({}, []), ({"policy/entropy": 0.7}, ["entropy"]), ({"rollout/kl": 0.2}, ["KL to the reference"])],
+)
+def test_the_curve_shows_entropy_and_kl_of_the_steps_that_have_them(
+    measured: dict[str, float], labels: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import figure
+
+    drawn: list[list[tuple[Any, list[Any], list[Any]]]] = []
+
+    def keep(self: figure.Figure, *args: object, **kwargs: object) -> None:
+        lines = self.axes[1].lines
+        drawn.append([(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in lines])
+
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    draw_curve([{"step": 1, "reward/mean": 0.0}, {"step": 2, "reward/mean": 0.5, **measured}],
+               evaluation(Score(0.0)), tmp_path / "curve.png")  # fmt: skip
+    assert drawn == [[(label, [2], [*measured.values()]) for label in labels]]
 
 
 def evaluation(score: Score, accuracy_part: str | None = None) -> Evaluation:
