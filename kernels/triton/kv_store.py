@@ -95,7 +95,7 @@ def store_kv(
         k_cache.shape[2], k.stride(0), v.stride(0), *k_cache.stride()[:3],
         HEADS=heads, D=dim, BLOCK_H=block[0], BLOCK_D=block[1],
         LIMIT=QUANTISED.get(k_cache.dtype, 0.0), INTEGER=k_cache.dtype == torch.int8,
-        num_warps=min(8, max(1, block[0] * block[1] // 256)),
+        num_warps=min(8, max(1, block[0] * block[1] // 256)), enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def launch_constants(form: Form, width: int) -> dict[str, Any]:
     """What a kernel over tiles of :func:`tile_product` is compiled for."""
     return {
         "EVEN": width % form.depth == 0, "BLOCK_M": form.rows, "BLOCK_N": form.columns, "BLOCK_K": form.depth,
-        "num_warps": form.warps, "num_stages": form.stages,
+        "num_warps": form.warps, "num_stages": form.stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
 

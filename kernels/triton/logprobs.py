@@ -216,6 +216,7 @@ def _chunked_partials(
         _token_logprobs_chunk_kernel[(triton.cdiv(rows, LOGITS_TILE["ROWS"]), blocks[i])](
             z, targets, temperature, partials, rows, z.shape[1] // unit, sum(blocks[:i]), sum(blocks), columns.start,
             num_tokens, softcap or 0.0, SOFTCAP=softcap is not None, UNIT=unit, **LOGITS_TILE, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
         del z  # before the next chunk's are made
     return partials
@@ -240,7 +241,7 @@ class _TokenLogprobs(torch.autograd.Function):
             arguments = hidden, weight, targets, temperature, num_tokens, softcap
             partials = _fused_partials(*arguments, form) if form.fused_forward else _chunked_partials(*arguments)
             _token_logprobs_merge_kernel[(triton.cdiv(rows, MERGED["ROWS"]),)](
-                partials, temperature, *columns, rows, partials.shape[1], **MERGED
+                partials, temperature, *columns, rows, partials.shape[1], **MERGED, enable_fp_fusion=True
             )
         ctx.save_for_backward(hidden, weight, targets, temperature, peak, log_total, entropy)
         ctx.num_tokens, ctx.softcap, ctx.form = num_tokens, softcap, form

@@ -193,7 +193,7 @@ def _dlogits(scored: Scored, dlogprob: Tensor, dentropy: Tensor | None, columns:
     grid = (triton.cdiv(rows, LOGITS_TILE["ROWS"]), triton.cdiv(width, LOGITS_TILE["COLUMNS"]))
     _dlogits_kernel[grid](
         z, dz, *arguments, softcap or 0.0, SOFTCAP=softcap is not None, ENTROPY=dentropy is not None, UNIT=unit,
-        **LOGITS_TILE, num_warps=8,
+        **LOGITS_TILE, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return dz
 

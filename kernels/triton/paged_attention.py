@@ -294,12 +294,13 @@ def _launch(
             SOFTCAP=kind.softcap is not None, WINDOW=kind.window is not None,
             # A low tile waits for memory, and masks for nothing. Masked or not, rounding may differ: one form in exact.
             WHOLE=rows > 16 and kind.window is None and not exact,
-            num_warps=shape.warps, num_stages=shape.stages,
+            num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True,
         )  # fmt: skip
     if len(work.merges):
         _merge_kernel[(len(work.merges), heads)](
-            work.merges, parts, part_lse, out, lse, D=dim, BLOCK_D=block_d, BLOCK_P=16, num_warps=4
-        )
+            work.merges, parts, part_lse, out, lse, D=dim, BLOCK_D=block_d, BLOCK_P=16, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 

@@ -138,5 +138,5 @@ def launch(
             q_stride=_stride(q), k_stride=_stride(k), v_stride=_stride(v), HEADS=heads, GROUP=heads // kv_heads,
             CAPPED=kind.softcap is not None, WINDOWED=kind.window is not None,
             DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=tile.queries, BLOCK_N=tile.keys,
-            num_warps=tile.warps, num_stages=tile.stages, **constants,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **constants,
         )  # fmt: skip

@@ -185,7 +185,7 @@ def philox_uniform(seed: Tensor, sample_id: Tensor, position: Tensor) -> Tensor:
     rows = out.numel()
     if rows:
         _philox_uniform_kernel[(triton.cdiv(rows, PHILOX_BLOCK),)](
-            *counters, out, rows, BLOCK=PHILOX_BLOCK, num_warps=4
+            *counters, out, rows, BLOCK=PHILOX_BLOCK, num_warps=4, enable_fp_fusion=False
         )
     return out
 

@@ -36,9 +36,9 @@ def run_without_interpreter(program: str, op: str) -> Any:
     """What a program beside this file prints of the op; a process of its own, since this one interprets kernels."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    done = subprocess.run(
-        [sys.executable, str(HERE / program), op], capture_output=True, text=True, timeout=900, env=environment
-    )
+    unsaid = "error:TRITON_DEFAULT_FP_FUSION"  # a launch must say whether to fuse: the default changes with 3.10
+    words = [sys.executable, "-W", unsaid, str(HERE / program), op]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
