@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import (
@@ -67,6 +68,15 @@ class TilePlans:
 
 def _torch_attends(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda" and not uses_triton(device)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, ...] at rows [R], some of them more than once: what the answers to a prompt have in common.
+
+    ``x[rows]`` means the same, but its backward on a CPU adds up the gradients of a row in whatever order threads come
+    by: no run would be like another.
+    """
+    return F.embedding(rows, x.flatten(1)).view(-1, *x.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class PackedAttention:
     ) -> Tensor:
         q, k = rope(q, cos, sin), rope(k, cos, sin)
         if self.source is not None:
-            k, v = k[self.source], v[self.source]
+            k, v = take_rows(k, self.source), take_rows(v, self.source)
         if self.spans is not None and kind.softcap is None:
             return varlen_attention(q, k, v, *self.spans, kind)
         return packed_attention(q, k, v, self.slots, self.num_blocks, self.plans[kind.window], kind)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import add_rms_norm, geglu, invariant_linear, linear, logits, rms_norm, swiglu, token_logprobs
 from rollout_engine.models.config import DecoderConfig
-from rollout_engine.models.context import AttentionContext
+from rollout_engine.models.context import AttentionContext, take_rows
 from rollout_engine.models.rope import cos_sin
 
 GATED = {"silu": swiglu, "gelu_tanh": geglu}
@@ -209,7 +209,7 @@ class Decoder(Backbone):
         self, token_ids: Tensor, ctx: AttentionContext, rows: Tensor, targets: Tensor, temperature: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Score ``targets`` [R] predicted at ``rows`` [R] of token_ids [T]: log-prob and entropy, fp32 [R]."""
-        return self.head(self.hidden(token_ids, ctx)[rows], targets, temperature)
+        return self.head(take_rows(self.hidden(token_ids, ctx), rows), targets, temperature)
 
 
 class ScalarDecoder(Backbone):
@@ -222,4 +222,4 @@ class ScalarDecoder(Backbone):
 
     def forward(self, token_ids: Tensor, ctx: AttentionContext, rows: Tensor) -> Tensor:
         """The number at ``rows`` [R] of token_ids [T], fp32 [R]."""
-        return linear(self.hidden(token_ids, ctx)[rows].float(), self.score.weight.float(), None)[:, 0]
+        return linear(take_rows(self.hidden(token_ids, ctx), rows).float(), self.score.weight.float(), None)[:, 0]

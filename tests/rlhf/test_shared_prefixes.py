@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from rlhf.types import Batch
 from rollout_engine.models.checkpoint import load_model
 from rollout_engine.models.context import PackedAttention
 from rollout_engine.models.decoder import Decoder
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +97,21 @@ def test_gradients_are_those_without_sharing(decoder: Decoder, fused: bool, monk
         (score() * weights).sum().backward()
         grads.append([p.grad.clone() for p in decoder.parameters()])
     assert all((a - b).norm() <= 2e-5 * b.norm() for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_have_the_same_bits_every_time(
+    decoder: Decoder, fused: bool, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    """Many answers to a prompt, whose gradients two threads add up at its rows."""
+    plain = PackedAttention.from_lengths
+    monkeypatch.setattr(PackedAttention, "from_lengths", lambda *a, **k: plain(*a, **{**k, "fused": fused}))
+    batch = make([[*range(10, 80), *range(60, 63 + n)] for n in range(40)] * 2, [0] * 80, 70)
+    shared = SharedPrefixes.of(batch)
+    assert len(shared.source) * 32 > 2 * 32768 > len(shared.tokens)  # torch divides work of 32768 numbers and more
+    grads = []
+    for _ in range(10):
+        decoder.zero_grad()
+        forward_logprobs(decoder, batch)[1].square().sum().backward()
+        grads.append([p.grad.clone() for p in decoder.parameters()])
+    assert all(torch.equal(a, b) for again in grads[1:] for a, b in zip(grads[0], again, strict=True))
