@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1000.0)  # exponent that gives 0 in fp32, and 0 * -1000 isn't NaN, as 0 * -inf would be
 
 
 @triton.jit

@@ -18,11 +18,10 @@ from kernels import reference
 from kernels.dispatch import warn_once
 from kernels.reference.dense import linear
 from kernels.reference.logprobs import Product
-from kernels.triton.elementary import LOG2E
+from kernels.triton.elementary import LOG2E, LOWEST
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-LOWEST = tl.constexpr(-1000.0)  # exponent of 2: gives 0 in fp32, and 0 * -1000 isn't NaN, as 0 * -inf would be
 GROUP = tl.constexpr(16)  # row tiles whose hidden states stay in the L2 cache: 16 MB at H = 4096
 
 

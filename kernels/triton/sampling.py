@@ -23,11 +23,11 @@ from kernels import reference
 from kernels.dispatch import warn_once
 from kernels.reference import SampledTokens
 from kernels.reference.sampling import CDF_TILE
+from kernels.triton.elementary import LOWEST
 from kernels.triton.filters import inverse_temperature, is_kept, kept_prefixes, tile_weights, weight
 
 TILES = 16  # that a program of 4 warps reads: 32 entries a thread, in eight loads of 16 bytes
 PHILOX_BLOCK = 128
-LOWEST = tl.constexpr(-1000.0)  # exponent that gives 0 in fp32, and 0 * -1000 isn't NaN, as 0 * -inf would be
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["seed", "sample_id", "position"])
