@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     return ((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- attention

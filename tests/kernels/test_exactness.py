@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +14,6 @@ import kernels.exactness as exactness
 from kernels import reference
 
 SHAPES = {(64, 24), (24, 40), (160, 24), (24, 80), (260, 24), (50257, 16)}
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def check(shapes: set[tuple[int, int]] = SHAPES) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,13 +14,6 @@ from kernels import distribution, logits, token_logprobs
 FORWARD, BACKWARD = 2e-6, 1e-5
 HEATS = (0.0, 0.3, 1.0, 1.7)
 ROWS, HIDDEN = 21, 24
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def gap(actual: Tensor, expected: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,13 +19,6 @@ pytestmark = pytest.mark.usefixtures("implementation")
 
 VOCABS = (5, 20, 256, 257, 1000)
 TOP = 1 - 2.0**-24  # the largest uniform
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- Philox

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,6 @@ from rlhf.types import Batch
 from rollout_engine.models.checkpoint import load_model
 from rollout_engine.models.context import PackedAttention
 from rollout_engine.models.decoder import Decoder
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +93,10 @@ def test_gradients_are_those_without_sharing(decoder: Decoder, fused: bool, monk
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_have_the_same_bits_every_time(
-    decoder: Decoder, fused: bool, monkeypatch: pytest.MonkeyPatch, two_threads: None
+    decoder: Decoder, fused: bool, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
 ) -> None:
     """Many answers to a prompt, whose gradients two threads add up at its rows."""
+    set_threads(2)
     plain = PackedAttention.from_lengths
     monkeypatch.setattr(PackedAttention, "from_lengths", lambda *a, **k: plain(*a, **{**k, "fused": fused}))
     batch = make([[*range(10, 80), *range(60, 63 + n)] for n in range(40)] * 2, [0] * 80, 70)
