@@ -1,32 +1,125 @@
-"""The op bench: its numbers belong together, and its error column sees an op that is wrong."""
+"""The op bench: its numbers belong together, its peers answer the same question, and its errors see a wrong op."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accuracy import normal
+from torch import Tensor
 
 import kernels
+from kernels import AttentionKind
 from kernels.bench import __main__ as bench
+from kernels.bench import attention_cases, measure, product_cases
+from kernels.bench.case import Bar, Case
+from kernels.bench.report import asked
 from kernels.bench.timing import Limits
 
+CPU = torch.device("cpu")
+QUANTISED = {"int8": 5e-3, "float8_e4m3fn": 5e-2}  # what storing in so few bits costs
 
-def test_a_report_of_small_ops(tmp_path: Path) -> None:
-    where = tmp_path / "report.json", tmp_path / "report.png"
-    assert bench.main(["rms_norm", "rope", "--budget", "0.01", "--json", str(where[0]), "--plot", str(where[1])]) == 0
+
+def test_a_report_of_small_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [tmp_path / f"report.{kind}" for kind in ("json", "md", "png")]
+    words = [
+        word for name, path in zip(("--json", "--markdown", "--plot"), where, strict=True) for word in (name, path)
+    ]
+    assert bench.main(["norms", "rope", "--budget", "0.01", *map(str, words)]) == 0
     report = json.loads(where[0].read_text())
-    assert {row["op"] for row in report["cases"]} == {"rms_norm", "rope"}
+    assert {row["op"] for row in report["cases"]} == {"rms_norm", "add_rms_norm", "rope", "rope_store"}
     for row in report["cases"]:
         assert row["error"]["ours"] < 1e-5
         assert row["ratio"] == pytest.approx(row["seconds"][row["best_peer"]] / row["seconds"]["ours"])
         assert row["of_limit"] == pytest.approx(row["bytes_per_s"] / report["limits"]["bytes_per_s"])
-    assert where[1].read_bytes()[:4] == b"\x89PNG"
+        assert row["extra_bytes"] is None and row["bars"] is None  # asked of a GPU
+    assert len(where[1].read_text().splitlines()) == 4 + len(report["cases"])
+    assert where[2].read_bytes()[:4] == b"\x89PNG"
+    assert "rms_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", bench.FAMILIES)
+def test_every_case_is_right_and_so_are_its_peers(family: str) -> None:
+    for case in bench.chosen([family], CPU, torch.float32):
+        inputs = case.make(0)
+        bound = next((size for kept, size in QUANTISED.items() if case.op == "store_kv" and kept in case.name), 5e-6)
+        for name, op in {"ours": case.ours, **case.peers}.items():
+            assert measure.error(case, op, inputs) < bound, (case.op, case.label, name)
+            timed = case.call(op, inputs)()
+            assert case.timed == "forward" or torch.equal(
+                timed[0], case.result(op, inputs)[0]
+            )  # what is timed is right
 
 
 def test_a_wrong_op_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "rope", lambda x, cos, sin: x.clone())
-    device = torch.device("cpu")
-    (case,) = bench.chosen(["rope"], device, torch.float32)
-    assert bench.measured(case, device, Limits(1e9, 1e9), 0.01)["error"]["ours"] > 0.1
+    case, *_ = bench.chosen(["rope"], CPU, torch.float32)
+    assert measure.measured(case, CPU, Limits(1e9, 1e9), 0.01)["error"]["ours"] > 0.1
+
+
+def test_a_peer_that_refuses_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*given: Tensor) -> Tensor:
+        raise RuntimeError("no kernel for this\nand a stack")
+
+    case, *_ = bench.chosen(["norms"], CPU, torch.float32)
+    case = dataclasses.replace(case, peers=case.peers | {"other": refuses})
+    row = measure.measured(case, CPU, Limits(1e9, 1e9), 0.01)
+    assert row["refused"] == {"other": "no kernel for this"} and row["best_peer"] == "torch"
+
+
+def bars(bar: Bar | None, times: dict[str, float], **case: Any) -> dict[str, Any] | None:
+    given = Case("op", "name", lambda seed: (), normal, {}, normal, bytes=8.0, bar=bar, **case)
+    return measure.bars(given, times, Limits(bytes_per_s=4.0, flops=1.0))
+
+
+def test_what_was_asked_and_reached() -> None:
+    assert bars(None, {"ours": 1.0}) is None
+    assert bars(Bar(0.5, 0.9, "cuDNN"), {"ours": 1.0}) is None  # which refused
+    of_limit = bars(Bar(0.7, 0.9), {"ours": 2.5})  # 8 bytes take 2 s at best
+    assert of_limit is not None and of_limit["reached"] == pytest.approx(0.8)
+    gain = bars(Bar(0.9, 0.95, "apart", unit=4.0), {"ours": 1.0, "apart": 3.0})
+    assert gain is not None and gain["reached"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("reached, verdict", [(0.69, "MISSED"), (0.7, "floor reached"), (0.9, "aim reached")])
+def test_verdicts(reached: float, verdict: str) -> None:
+    row = {"bars": {"of": "limit", "floor": 0.7, "aim": 0.9, "reached": reached, "extra_bytes": 1e9}}
+    assert asked(row | {"extra_bytes": 10**9}).endswith(verdict)
+    assert asked(row | {"extra_bytes": 10**9 + 1}).endswith("memory MISSED, 1000 MB at most")
+
+
+@pytest.mark.parametrize("kind", [AttentionKind(), AttentionKind(window=40, softcap=2.0)])
+def test_flex_attention_is_asked_the_same(kind: AttentionKind) -> None:
+    """It is a peer on a GPU only, where it is compiled."""
+    q, k, v = (normal(128, heads, 16, seed=heads, dtype=torch.float64) for heads in (4, 2, 2))
+    peer = attention_cases.flex(kind, 2, 64, CPU, compile=False)
+    for at in (slice(64), slice(64, 128)):
+        wanted = attention_cases.attend(q[at], k[at], v[at], kind)
+        torch.testing.assert_close(peer(q, k, v)[at], wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_recomputed_peer_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_cases, "CHUNK", 64)
+    *_, case = bench.chosen(["token_logprobs"], CPU, torch.float32)
+    inputs = case.make(0)
+    rows, vocabulary = len(inputs[0]), len(inputs[1])
+
+    def kept(op: Any) -> int:
+        """Numbers of logits that the graph holds between forward and backward."""
+        total = 0
+
+        def pack(t: Tensor) -> Tensor:
+            nonlocal total
+            total += t.numel() if t.shape[-1:] == (vocabulary,) else 0
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            op(*inputs[:-1])
+        return total
+
+    assert kept(case.peers["chunked matmul"]) >= rows * vocabulary
+    assert kept(case.peers["chunked, recomputed"]) == 0

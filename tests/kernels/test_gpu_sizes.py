@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.bench.__main__ import FAMILIES, chosen, error
+from kernels.bench.__main__ import FAMILIES, chosen
+from kernels.bench.measure import error
 
 pytestmark = pytest.mark.gpu
 
@@ -14,8 +15,13 @@ pytestmark = pytest.mark.gpu
 def test_errors_are_at_most_twice_those_of_the_libraries(op: str) -> None:
     for case in chosen([op], torch.device("cuda", 0), torch.bfloat16):
         inputs = case.make(0)
-        theirs = [error(case, peer, inputs) for peer in case.peers.values()] if case.peers_agree else []
+        theirs = []
+        for peer in case.peers.values():
+            try:
+                theirs.append(error(case, peer, inputs))
+            except RuntimeError:  # a library without a kernel for this
+                continue
         ours = error(case, case.ours, inputs)
         # Half a rounding step beside theirs, which may happen to be exact; alone, a few steps of the output's dtype.
         allowed = 2 * min(theirs) + torch.finfo(torch.bfloat16).eps / 2 if theirs else 0.02
-        assert ours <= allowed, f"{case.op}, {case.name}: {ours:.1e}, libraries {theirs}"
+        assert ours <= allowed, f"{case.op}, {case.label}: {ours:.1e}, libraries {theirs}"

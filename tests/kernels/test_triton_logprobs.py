@@ -18,11 +18,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 FORMS = ["shipped", "other"]
 #  rows, width, vocabulary, num_tokens
 SIZES = [(1, 16, 1, 1), (3, 80, 17, 17), (21, 80, 1024, 1000), (37, 64, 771, 771), (130, 33, 129, 129)]
+REAL = pytest.param((2000, 1024, 32064, 32000), marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("softcap", SOFTCAPS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, REAL])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_matches_float64(
     dtype: torch.dtype,

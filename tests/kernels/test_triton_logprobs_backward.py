@@ -18,6 +18,7 @@ from kernels.triton.logprobs_backward import CHUNK_BYTES, CHUNK_COLUMNS, column_
 pytestmark = pytest.mark.usefixtures("poisoned")
 #  rows, width, vocabulary, num_tokens
 SIZES = [(1, 16, 1, 1), (3, 80, 17, 17), (21, 48, 640, 600), (130, 33, 129, 129)]
+REAL = pytest.param((2000, 1024, 32064, 32000), marks=pytest.mark.gpu)
 UPSTREAM = {"log-prob": (True, False), "entropy": (False, True), "both": (True, True)}
 CASES = [(dtype, which) for dtype in DTYPES for which in UPSTREAM if dtype != torch.float16 or which == "both"]
 
@@ -48,7 +49,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("form", ["shipped", "other"])
 @pytest.mark.parametrize("softcap", SOFTCAPS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, REAL])
 @pytest.mark.parametrize("dtype, which", CASES)
 def test_backward_matches_float64(
     dtype: torch.dtype,

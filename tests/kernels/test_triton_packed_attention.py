@@ -108,6 +108,14 @@ def test_narrow_floats_by_head_dim(dim: int, device: torch.device) -> None:
     check(((40,), (70,)), (2, 1), dim, AttentionKind(), torch.bfloat16, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["causal", "all", "window_1000"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_real_sizes(dim: int, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    check(((1500, 1, 700), (1500, 2000, 2700)), (16, 4), dim, KINDS[name], dtype, device)
+
+
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4),
     window=st.none() | st.integers(1, 60),

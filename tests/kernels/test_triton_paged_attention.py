@@ -58,6 +58,16 @@ def test_a_mixed_batch(heads: tuple[int, int], dtype: torch.dtype, device: torch
     check(make_batch(queries, contexts, heads=heads, dtype=dtype, device=device))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [None, "all", "window 600"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_real_sizes(dim: int, name: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    queries, contexts = [1] * 6 + [3, 700, 1500], [5, 500, 1000, 2000, 4000, 8000, 3000, 1700, 1500]
+    batch = make_batch(queries, contexts, heads=(16, 4), dim=dim, dtype=dtype, device=device)
+    check(batch, KINDS[name] if name else CAUSAL)
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lengths_at_the_borders_of_pages_and_steps(length: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,0 +1,86 @@
+"""The table for a person, in a terminal or as Markdown, and the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("op", "case", "error", "peers'", "ms", "rate", "of limit", "ratio", "best peer", "extra MB", "asked")
+WIDTHS = (18, 62, 9, 9, 9, 14, 10, 7, 27, 10, 0)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table."""
+    theirs = [value for name, value in row["error"].items() if name != "ours"]
+    rate = f"{row['flops'] / 1e12:.2f} TFLOP/s" if row["bound"] == "flops" else f"{row['bytes_per_s'] / 1e9:.1f} GB/s"
+    return [
+        row["op"],
+        row["case"],
+        f"{row['error']['ours']:.1e}",
+        f"{min(theirs):.1e}" if theirs else "-",
+        f"{1e3 * row['seconds']['ours']:.3f}",
+        rate,
+        f"{row['of_limit']:.0%}",
+        f"{row['ratio']:.2f}" if row["ratio"] else "-",
+        row["best_peer"] or "-",
+        "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}",
+        asked(row),
+    ]
+
+
+def asked(row: dict[str, Any]) -> str:
+    """How what was reached stands to what was asked."""
+    bars = row["bars"]
+    if bars is None:
+        return "-"
+    verdict = "aim reached" if bars["reached"] >= bars["aim"] else "floor reached"
+    if bars["reached"] < bars["floor"]:
+        verdict = "MISSED"
+    text = f"{bars['reached']:.2f} of {bars['of']}, floor {bars['floor']:.2f}, aim {bars['aim']:.2f}: {verdict}"
+    if bars["extra_bytes"] is not None and row["extra_bytes"] > bars["extra_bytes"]:
+        text += f"; memory MISSED, {bars['extra_bytes'] / 1e6:.0f} MB at most"
+    return text
+
+
+def line(values: list[str] | tuple[str, ...]) -> str:
+    """Cells of a row, in columns: words to the left, numbers to the right."""
+    padded = [
+        f"{value:<{width}}" if i < 2 else f"{value:>{width}}"
+        for i, (value, width) in enumerate(zip(values, WIDTHS, strict=True))
+    ]
+    return " ".join(padded[:-3]) + f"  {padded[-3]} {padded[-2]}  {padded[-1]}"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report."""
+    limits = report["limits"]
+    text = [
+        f"{report['device']}, torch {report['torch']}, {report['dtype']}, {report['date']}: copy "
+        f"{limits['bytes_per_s'] / 1e9:.1f} GB/s, matmul {limits['flops'] / 1e12:.2f} TFLOP/s.\n",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(cells(row)) + " |" for row in report["cases"]),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Bars of each case's share of the machine's limit, with its ratio to the best peer written beside."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = list(reversed(report["cases"]))
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.35 * len(rows)))
+    axes.barh(range(len(rows)), [row["of_limit"] for row in rows], color="#4477aa")
+    axes.set_yticks(range(len(rows)), [f"{row['op']}: {row['case']}" for row in rows], fontsize=7)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("share of the machine's measured limit (copy bandwidth or matmul rate)")
+    axes.set_title(f"{report['device']}, {report['dtype']}", fontsize=9)
+    for i, row in enumerate(rows):
+        if row["ratio"]:
+            axes.text(row["of_limit"] + 0.01, i, f"{row['ratio']:.2f} x {row['best_peer']}", va="center", fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
