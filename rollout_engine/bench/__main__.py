@@ -7,7 +7,8 @@ everybody takes turns, ``--repeats`` times, and medians are compared. Only usefu
 Continuous against static batching is also measured on lengths with a longer tail.
 
 ``--shape nano`` instead serves a model of Qwen3-0.6B's shape on this machine's device, by itself: tokens/s, and
-their share of what reading weights and KV allows.
+their share of what reading weights and KV allows. With ``--decode 1 8 32``, a model of that shape decodes in batches of
+these sizes instead, with CUDA graphs and without.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 import transformers
 
 from kernels.device import default_device
+from kernels.dispatch import uses_triton
 from rollout_engine.bench import ours, serving, theirs
 from rollout_engine.bench.load import Load, random_model, threads
 from rollout_engine.models.checkpoint import Model, save_model
@@ -49,23 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=sorted(serving.SHAPES), help="serve this one shape instead, on a GPU if any")
     parser.add_argument("--requests", type=int, default=256, help="of --shape")
     parser.add_argument("--kv-cache-gib", type=float, default=40, help="of --shape")
+    parser.add_argument("--decode", nargs="+", type=int, metavar="BATCH", help="of --shape: what CUDA graphs gain")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="of --shape: launch every kernel by itself")
     args = parser.parse_args(argv)
     if args.shape:
         device = default_device()
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-        found = serving.serve(
-            args.shape,
-            requests=args.requests,
-            kv_cache_gib=args.kv_cache_gib,
-            dtype=dtype,
-            device=device,
-            cuda_graphs=not args.no_cuda_graphs,
-        )
-        print(serving.table(found))
-        if args.json:
-            write(args.json, json.dumps(found, indent=1))
-        return 0
+        if args.decode and not (device.type == "cuda" and uses_triton(device)):
+            parser.error(f"--decode compares CUDA graphs, which a GPU and the Triton kernels make; here is {device}")
+        return of_one_shape(args, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     report: dict[str, Any] = {
@@ -83,6 +76,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(size, found), flush=True)
     if args.json:
         write(args.json, json.dumps(report, indent=1))
+    return 0
+
+
+def of_one_shape(args: argparse.Namespace, device: torch.device) -> int:
+    """What ``--shape`` asks for."""
+    if args.decode:
+        found = serving.decode(args.shape, args.decode, device=device)
+        print(serving.decode_table(found))
+    else:
+        found = serving.serve(
+            args.shape,
+            requests=args.requests,
+            kv_cache_gib=args.kv_cache_gib,
+            device=device,
+            cuda_graphs=not args.no_cuda_graphs,
+        )
+        print(serving.table(found))
+    if args.json:
+        write(args.json, json.dumps(found, indent=1))
     return 0
 
 

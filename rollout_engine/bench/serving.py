@@ -1,9 +1,14 @@
-"""One model of a real size under a mixed load: tokens/s, and how near that is to reading weights and KV once a step."""
+"""One model of a real size by itself.
+
+Under a mixed load: tokens/s, and how near that is to reading weights and KV once a step. And decoding in batches of one
+size: what CUDA graphs gain.
+"""
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +18,12 @@ from rollout_engine.llm import LLM
 from rollout_engine.types import SamplingParams
 
 PROMPT = ANSWER = (100, 1024)  # tokens, uniform
-SHAPES = {"nano": "0.6B"}  # the shape of Qwen3-0.6B
+SHAPES = {"nano": "0.6B", "1B": "1B", "tiny": "tiny"}  # of Qwen3-0.6B; of Llama-3.2-1B; for tests
 WARM_UP = 4  # requests that aren't counted
+
+
+def dtype_on(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def serve(
@@ -22,7 +31,6 @@ def serve(
     *,
     requests: int,
     kv_cache_gib: float,
-    dtype: str,
     device: torch.device,
     cuda_graphs: bool = True,
     seed: int = 0,
@@ -32,6 +40,7 @@ def serve(
     ``of_bandwidth``: the time that reading all weights once a step and every context's KV once a token takes at this
     device's measured copy bandwidth, as a share of the time taken. Prompts' own products aren't in it.
     """
+    dtype = dtype_on(device)
     model = random_model(SHAPES[shape], dtype=dtype, device=device)
     llm = LLM(
         model,
@@ -76,6 +85,45 @@ def serve(
         "bytes": steps * weights + read,
         "of_bandwidth": (steps * weights + read) / copy_bandwidth(device) / seconds,
     }
+
+
+def decode(shape: str, batches: Sequence[int], *, device: torch.device, tokens: int = 256) -> dict[str, Any]:
+    """Decoding in batches, with and without CUDA graphs: tokens/s of each, the better of two turns after a warm-up.
+
+    ``tokens``: of each prompt and of each answer. A CPU has no graphs, and both are the same there.
+    """
+    model = random_model(SHAPES[shape], dtype=dtype_on(device), device=device)
+    vocabulary = model.decoder.config.vocab_size
+    rates: dict[str, dict[str, float]] = {}
+    for graphs in (False, True):
+        llm = LLM(model, kv_cache_gib=4, max_num_seqs=max(batches), cuda_graphs=graphs, prefix_caching=False)
+        for batch in batches:
+            rng = random.Random(batch)
+            prompts = [[rng.randrange(1, vocabulary) for _ in range(tokens)] for _ in range(batch)]
+
+            def seconds(length: int, prompts: list[list[int]] = prompts, llm: LLM = llm) -> float:
+                started = time.perf_counter()
+                llm.generate(
+                    [{"prompt_token_ids": ids} for ids in prompts], SamplingParams(max_tokens=length, ignore_eos=True)
+                )
+                return time.perf_counter() - started
+
+            seconds(tokens)
+            # Without the prompts' step, whose answer to a length of 1 is the time.
+            spent = min(seconds(tokens) for _ in range(2)) - min(seconds(1) for _ in range(2))
+            rates.setdefault(str(batch), {})["graphs" if graphs else "eager"] = batch * (tokens - 1) / spent
+        del llm
+    return {"shape": shape, "tokens": tokens, "tokens_per_s": rates}
+
+
+def decode_table(found: dict[str, Any]) -> str:
+    lines = [f"{found['shape']}: decoding {found['tokens']} tokens after as many, tokens/s"]
+    lines.append(f"  {'batch':<8}{'eager':>10}{'graphs':>10}{'gain':>8}")
+    for batch, rate in found["tokens_per_s"].items():
+        lines.append(
+            f"  {batch:<8}{rate['eager']:>10.0f}{rate['graphs']:>10.0f}{rate['graphs'] / rate['eager']:>7.2f} x"
+        )
+    return "\n".join(lines)
 
 
 def copy_bandwidth(device: torch.device) -> float:

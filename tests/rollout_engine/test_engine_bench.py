@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from rollout_engine.bench import ours
+from rollout_engine.bench import ours, serving
 from rollout_engine.bench.__main__ import main
 from rollout_engine.bench.load import Load, random_model
 
@@ -49,3 +50,22 @@ def test_the_bench_writes_the_numbers_it_prints(tmp_path: Path, capsys: pytest.C
     for name, rate in rates.items():
         assert f"{name:<28}{rate:>10.0f}" in printed
     assert list(tmp_path.iterdir()) == [tmp_path / "bench.json"]
+
+
+def test_serving_one_shape(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "serving.json"
+    assert main(["--shape", "tiny", "--requests", "2", "--kv-cache-gib", "0.1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["tokens_per_s"] == pytest.approx(found["tokens"] / found["seconds"])
+    assert f"2 requests, {found['tokens']} tokens" in capsys.readouterr().out
+
+
+def test_what_graphs_gain_is_asked_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    found = serving.decode("tiny", [1, 2], device=torch.device("cpu"), tokens=16)
+    assert set(found["tokens_per_s"]) == {"1", "2"}
+    assert all(rate > 0 for rates in found["tokens_per_s"].values() for rate in rates.values())
+    assert len(serving.decode_table(found).splitlines()) == 4
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(["--shape", "1B", "--decode", "1", "8"])
+        assert "CUDA graphs" in capsys.readouterr().err
