@@ -122,23 +122,22 @@ def forward_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Te
     Returns (index [R] of the scored tokens in the batch, log-probs [R], entropies [R]), on the model's device.
     """
     scored, inputs = _inputs(model, batch)
-    targets, heat = batch.tokens[scored].to(scored.device), batch.temperature[scored].to(scored.device)
-    logprobs, entropy = model(*inputs, targets, heat)
-    return scored, logprobs, entropy
+    device = inputs[0].device
+    logprobs, entropy = model(*inputs, batch.tokens[scored].to(device), batch.temperature[scored].to(device))
+    return scored.to(device), logprobs, entropy
 
 
 def forward_values(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The scalar decoder's number before each trained token: (index [R] of those in the batch, values [R])."""
     scored, inputs = _inputs(model, batch)
-    return scored, model(*inputs)
+    return scored.to(inputs[0].device), model(*inputs)
 
 
 def _inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, tuple[Tensor, PackedAttention, Tensor]]:
-    """Index [R] of the trained tokens, and what a model reads: tokens [P], their context, and the rows [R] that stand
-    before the trained ones."""
+    """Index [R] of the trained tokens, where the batch is; and, on the model's device, what that reads: tokens [P],
+    their context, and the rows [R] that stand before the trained ones."""
     (scored,) = torch.nonzero(batch.loss_mask, as_tuple=True)
-    inputs = _rows_of(model, SharedPrefixes.of(batch), scored - 1)
-    return scored.to(inputs[0].device), inputs
+    return scored, _rows_of(model, SharedPrefixes.of(batch), scored - 1)
 
 
 def _rows_of(model: nn.Module, shared: SharedPrefixes, index: Tensor) -> tuple[Tensor, PackedAttention, Tensor]:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from second_device import DEVICE, Visits, second_device
 from torch import Tensor
 from transformers import Qwen3Config
 
 from kernels import dispatch
+from kernels.device import default_device
 from rollout_engine import LLM, RequestOutput, SamplingParams
-from rollout_engine.decode_graphs import DecodeGraphs
+from rollout_engine.decode_graphs import DecodeGraphs, Recorder
 from rollout_engine.models import qwen3
 from rollout_engine.models.checkpoint import Model
 from rollout_engine.models.context import PackedAttention
@@ -40,6 +42,21 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture
+def visits() -> Iterator[Visits | None]:
+    """What the host did with a device beside the CPU, on which mixed devices show; None on a machine with a GPU."""
+    if torch.cuda.is_available():
+        yield None
+    else:
+        with second_device() as found:
+            yield found
+
+
+@pytest.fixture
+def device(visits: Visits | None) -> torch.device:
+    return DEVICE if visits else default_device()
+
+
+@pytest.fixture
 def model(device: torch.device) -> Model:
     hf = Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -50,16 +67,28 @@ def model(device: torch.device) -> Model:
     return Model(decoder.to(device), hf, None, (0,))
 
 
-def answers(model: Model, graphs: bool = False, **settings: object) -> list[RequestOutput]:
+def answers(model: Model, record: Recorder | None = None, **settings: object) -> list[RequestOutput]:
     llm = LLM(
         model, **{"kv_cache_gib": 0.002, "max_num_seqs": 16, "numerics": "fast", "cuda_graphs": False, **settings}
     )
-    if graphs:
-        llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, record_nothing)
+    if record:
+        llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, record)
     params = SamplingParams(n=2, max_tokens=4, temperature=0.9, seed=3)
     outs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)
     llm.check_integrity()
     return outs
+
+
+def recorder(visits: Visits | None) -> Recorder:
+    """:func:`record_nothing` of what a CUDA graph could record: no launch waits for the device or sends it data."""
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        before = visits and (visits.waits, visits.uploads)
+        recorded = record_nothing(run)
+        assert before == (visits and (visits.waits, visits.uploads))
+        return recorded
+
+    return record
 
 
 def record_nothing(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -124,10 +153,10 @@ def test_exact_engine_and_trainer_agree_bitwise(model: Model, use: Callable[[str
     assert torch.equal(reported, trained_logprobs(model, outs, exact=True).cpu())
 
 
-def test_recorded_decode_steps_change_nothing(model: Model, use: Callable[[str], None]) -> None:
+def test_recorded_decode_steps_change_nothing(model: Model, use: Callable[[str], None], visits: Visits | None) -> None:
     """Padded batches and padded work lists, filled anew for every step."""
     use("triton")
-    assert samples(answers(model, graphs=True)) == samples(answers(model))
+    assert samples(answers(model, recorder(visits))) == samples(answers(model))
 
 
 def test_a_recording_is_forgotten_when_a_weight_moves(model: Model, use: Callable[[str], None]) -> None:

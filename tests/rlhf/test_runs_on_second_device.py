@@ -1,0 +1,110 @@
+"""Whole runs with every weight on another device than the driver's tensors, as on a GPU: the same numbers, to the bit.
+
+DeepSpeed would move the weights to the CPU that it finds, so a plain backend stands in for it here, on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from second_device import DEVICE, second_device
+from torch import Tensor, nn
+
+from kernels import dispatch, reference
+from rlhf.backends.deepspeed import StepResult
+from rlhf.config import Train, load_config
+from rlhf.launch import launch
+from rlhf.roles import critic, frozen, learner, policy, reward_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ["run.steps=2", "warm_start.steps=2", "rollout.prompts_per_step=4", "cluster.threads=1", "eval.prompts=4",
+         "rollout.kv_cache_gib=0.02", "cluster.kind=local", "cluster.placement=colocated",
+         "tracking.wandb=disabled", "train.tokens_per_microbatch=64", "warm_start.batch_size=8"]  # fmt: skip
+
+
+class PlainBackend:
+    """One rank, torch's own autograd and AdamW."""
+
+    rank, world_size, stage = 0, 1, 0
+
+    def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype, timeout_s: float) -> None:
+        self.engine = self.module = module
+        self.optimizer = torch.optim.AdamW(module.parameters(), foreach=False)
+
+    def microbatches(self, batch: Any, max_tokens: int) -> list[Any]:
+        return list(batch.microbatches(max_tokens))
+
+    def reduce(self, values: Sequence[float], op: str) -> list[float]:
+        return list(values)
+
+    def step(
+        self, batch: Any, max_tokens: int, loss_fn: Callable[[nn.Module, Any], Tensor], lr: float,
+        before_step: Callable[[], None], *, first: bool = False,
+    ) -> StepResult:  # fmt: skip
+        total = 0.0
+        for micro in self.microbatches(batch, max_tokens):
+            loss = loss_fn(self.engine, micro)
+            loss.backward()
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0, foreach=False)
+        self.optimizer.param_groups[0]["lr"] = lr
+        before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(total, float(norm), skipped=False)
+
+    def save_state(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Nobody goes on from here."""
+
+    @contextmanager
+    def gathered(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        yield {name: self.module.get_parameter(name).detach() for name in names}
+
+
+RECIPE = """
+from recipes.arithmetic import initial_model, prompts, warm_start
+
+def reward(completion):
+    return float(sum(completion.token_ids) % 7)
+"""
+CPU = torch.device("cpu")
+MEASURED = ("time/", "throughput/", "memory/")
+Run = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``run(device, config, *overrides)``: the metrics of a run with its roles there."""
+    monkeypatch.setattr(learner, "DeepSpeedBackend", PlainBackend)
+    monkeypatch.setattr(dispatch, "forced", lambda: "torch")  # the C++ ops are the CPU's alone
+    monkeypatch.setattr(dispatch, "implementation", lambda device: reference)
+    recipe = tmp_path / "task.py"
+    recipe.write_text(RECIPE)
+
+    def train(device: torch.device, config: str, *overrides: str) -> list[dict[str, Any]]:
+        for module in (policy, critic, frozen, reward_model):
+            monkeypatch.setattr(module, "default_device", lambda: device)
+        words = [*SMALL, f"run.dir={tmp_path / device.type}", f"recipe.path={recipe}", *overrides]
+        with second_device() if device == DEVICE else nullcontext():
+            result = launch(load_config(CONFIGS / config, words))
+        lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)} for line in lines]
+
+    return train
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "remax"])
+def test_a_policy(algorithm: str, run: Run) -> None:
+    words = ("arithmetic_grpo_cpu.yaml", f"algorithm.name={algorithm}")
+    assert run(CPU, *words) == run(DEVICE, *words)
+
+
+def test_all_roles(run: Run, random_judge: Path) -> None:
+    words = ("arithmetic_ppo_cpu.yaml", f"reward.models={{preference: {random_judge}}}")
+    assert run(CPU, *words) == run(DEVICE, *words)
