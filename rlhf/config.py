@@ -26,13 +26,11 @@ from rlhf import algorithms
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
+Root = TypeVar("Root", bound="Section")
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Root = TypeVar("Root", bound=Section)
 
 
 class RunSection(Section):
@@ -162,7 +160,7 @@ class Rollout(Section):
 
 
 class Train(Section):
-    """``zero_stage`` 0 means 1 for bfloat16 weights, which need fp32 masters."""
+    """``zero_stage`` 0 and 1 mean 2 for bf16 weights, which need fp32 masters, and sums of their gradients in fp32."""
 
     lr: NonNegativeFloat
     warmup_steps: NonNegativeInt = 0
@@ -172,6 +170,9 @@ class Train(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     zero_stage: Literal[0, 1, 2, 3] = 0
     tokens_per_microbatch: PositiveInt = 8192
+
+    def stage(self, *, bf16: bool) -> int:
+        return max(2, self.zero_stage) if bf16 else self.zero_stage
 
 
 FROZEN_KEYS = ("dtype", "zero_stage", "tokens_per_microbatch", "ranks")  # that a role which doesn't learn reads

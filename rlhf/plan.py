@@ -38,6 +38,7 @@ class Plan:
         swap = "shared: the engine runs on the trainer's storage, 0 bytes a step"
         if c.train.zero_stage == 3:
             swap = f"copy: gathered and copied in place, {parameters * size / GIB:.3f} GiB a step and rank"
+        bf16 = c.model.dtype == "bfloat16"
         lines = [
             f"run         {c.run.name}, seed {c.run.seed}, {c.run.steps} steps of "
             f"{c.rollout.prompts_per_step} prompts x {c.rollout.samples_per_prompt} samples = {rows} answers",
@@ -47,8 +48,8 @@ class Plan:
             f"roles       {roles}; cluster {c.cluster.kind}, {c.cluster.threads} threads each",
             f"placement   {self.placement}",
             *_wrapped(f"reward      {' + '.join(self.judges)}"),
-            f"training    DeepSpeed ZeRO {c.train.zero_stage}, AdamW, "
-            f"{parameters * 12 / GIB:.3f} GiB of gradients and moments",
+            f"training    DeepSpeed ZeRO {c.train.stage(bf16=bf16)}, AdamW, "
+            f"{parameters * (18 if bf16 else 12) / GIB:.3f} GiB of {'masters, ' if bf16 else ''}gradients and moments",
             f"weight swap {swap}",
             f"kv cache    {c.rollout.kv_cache_gib} GiB a rank = {self.kv_tokens} tokens, "
             f"pages of {c.rollout.page_size}",

@@ -107,8 +107,9 @@ class DeepSpeedBackend(Ranks):
     def __init__(self, module: nn.Module, train: Train, dtype: torch.dtype, timeout_s: float) -> None:
         super().__init__(timeout_s)
         self.max_grad_norm = train.max_grad_norm
-        # Without ZeRO, DeepSpeed steps bf16 weights through an optimizer made for fp16, which goes astray.
-        self.stage = train.zero_stage if dtype == torch.float32 else max(1, train.zero_stage)
+        # bf16: without ZeRO, DeepSpeed steps through an optimizer made for fp16, which goes astray; and under 1 it adds
+        # up the gradients of micro-batches in bf16, or under an optimizer that doesn't skip a step that isn't finite.
+        self.stage = train.stage(bf16=dtype == torch.bfloat16)
         matrices = [p for p in module.parameters() if p.ndim > 1]
         vectors = [p for p in module.parameters() if p.ndim <= 1]
         optimizer = torch.optim.AdamW(
@@ -135,6 +136,7 @@ class DeepSpeedBackend(Ranks):
                     "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
                 },
                 "bf16": {"enabled": dtype == torch.bfloat16},
+                "data_types": {"grad_accum_dtype": "fp32"},
                 "steps_per_print": 1 << 30,
             },
         )

@@ -12,7 +12,7 @@ from typing import Any, cast
 from rlhf import config
 from rlhf.cluster import Role
 from rlhf.cluster.watchdog import Watchdog
-from rlhf.cluster.worker import Rendezvous, set_rendezvous, set_threads
+from rlhf.cluster.worker import Rendezvous, hide_gpus, set_rendezvous, set_threads
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,8 @@ class LocalCluster:
 
     def __init__(self, section: config.Cluster, log_folder: Path) -> None:
         self.section = section
+        if not section.gpus:
+            hide_gpus()
         set_threads(section.threads)
         set_rendezvous(Rendezvous.here())
         log_folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from rlhf.cluster import PlacementError, Role
 from rlhf.cluster.placement import num_bundles, seats, share
 from rlhf.cluster.proxy import Call, Proxy, Ranks, finish
 from rlhf.cluster.watchdog import Watchdog, kill_if_alive, resident_bytes, start_time
-from rlhf.cluster.worker import Rendezvous, free_port, set_rendezvous, set_threads
+from rlhf.cluster.worker import Rendezvous, free_port, gpu_peak_bytes, hide_gpus, set_rendezvous, set_threads
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class _Worker:
     """A process that holds one rank of a role and runs its methods."""
 
     def __init__(self, name: str, threads: int, log_file: str, phase_file: str, timeout_s: float) -> None:
+        if not ray.get_runtime_context().get_accelerator_ids()["GPU"]:
+            hide_gpus()  # Ray leaves a worker that was given none the sight of all
         with open(log_file, "ab", buffering=0) as file:  # whatever libraries print belongs in the role's log too
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -47,9 +49,9 @@ class _Worker:
         """Process id, address of the node, and a port that is free on it."""
         return os.getpid(), ray.util.get_node_ip_address(), free_port()
 
-    def usage(self) -> tuple[int, int]:
-        """Resident bytes, now and at the peak."""
-        return resident_bytes()
+    def usage(self) -> tuple[int, int, int]:
+        """Bytes: resident, now and at the peak; and those of a GPU's memory that torch holds, at the peak."""
+        return *resident_bytes(), gpu_peak_bytes()
 
     def build(self, meeting: Rendezvous, role: Callable[..., Any], kwargs: dict[str, Any], timeout_s: float) -> None:
         with self.watchdog.phase("build", timeout_s):
@@ -164,11 +166,13 @@ class RayCluster:
         asked = [Call(role, "usage", [w.usage.remote() for w in role.workers], bound) for role in self.roles]
         found: dict[str, float] = {}
         for role, ranks in zip(self.roles, finish(asked), strict=True):
-            for rank, (resident, _) in enumerate(ranks):
+            for rank, (resident, _, _) in enumerate(ranks):
                 if len(ranks) > 1:
                     found[f"memory/{role.name}-{rank}_rss_gib"] = resident / GIB
-            found[f"memory/{role.name}_rss_gib"] = max(resident for resident, _ in ranks) / GIB
-            found[f"memory/{role.name}_peak_gib"] = max(peak for _, peak in ranks) / GIB
+            resident, peak, on_gpu = map(max, zip(*ranks, strict=True))
+            found[f"memory/{role.name}_rss_gib"], found[f"memory/{role.name}_peak_gib"] = resident / GIB, peak / GIB
+            if on_gpu:
+                found[f"memory/{role.name}_gpu_peak_gib"] = on_gpu / GIB
             found[f"memory/{role.name}_sent_mib"] = role.sent / MIB
             found[f"memory/{role.name}_received_mib"] = role.received / MIB
             role.sent = role.received = 0

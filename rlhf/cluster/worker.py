@@ -22,6 +22,27 @@ def set_threads(threads: int) -> None:
     keep_freed_memory()
 
 
+def hide_gpus() -> None:
+    """Leave this process the CPU alone; before its first use of CUDA.
+
+    Raises RuntimeError where that was earlier.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "cluster.gpus=0, but this process has used a GPU already; start it with CUDA_VISIBLE_DEVICES="
+        )
+
+
+def gpu_peak_bytes() -> int:
+    """The most that torch has held of a GPU's memory; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to reuse freed memory instead of giving it back to the kernel.
 

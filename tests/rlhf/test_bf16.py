@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_deepspeed_contract import weights
+from test_deepspeed_contract import deepspeed_gradients, distance, weights
 from transformers import Qwen3Config
 
 from rlhf.algorithms.grpo import GRPO
@@ -102,6 +102,19 @@ def test_every_stage_steps_alike_and_skips_alike(make: Callable[[int], Policy]) 
         norms.append((first["policy/grad_norm"], policy.update(rollout(policy))["policy/grad_norm"]))
     for norm in norms[1:]:
         assert norm == pytest.approx(norms[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_gradients_of_many_microbatches_are_added_up_in_fp32(make: Callable[[int], Policy], stage: int) -> None:
+    """In bfloat16 the sum of these would be off by a part in 200."""
+    policy = make(stage)
+    batch = rollout(policy)
+    parts = list(batch.microbatches(8))
+    assert len(parts) > 4
+    found = deepspeed_gradients(policy, batch, 8)
+    alone = [deepspeed_gradients(policy, part, 8) for part in parts]
+    truth = {name: sum(part[name].double() for part in alone) for name in found}
+    assert distance(found, truth) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [1, 3])
