@@ -124,7 +124,7 @@ def _check_attention(
 def _check_heads(random: Callable[..., Tensor], num_heads: int, head_dim: int) -> None:
     """What happens to a head before attention: its norm and its rotation, for a few tokens and for many."""
     x, ones = random(ROW_COUNTS[-1], num_heads, head_dim), random(head_dim).abs()
-    cos, sin = random(ROW_COUNTS[-1], head_dim // 2), random(ROW_COUNTS[-1], head_dim // 2)
+    cos, sin = (random(ROW_COUNTS[-1], head_dim // 2).float() for _ in range(2))
     for name, op in (("rms_norm", lambda t, *_: rms_norm(t, ones, 1e-6)), ("rope", rope)):
         whole = op(x, cos, sin)
         for rows in ROW_COUNTS[:-1]:

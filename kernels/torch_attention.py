@@ -6,6 +6,9 @@ tokens, Hq query heads, Hkv KV heads, D head dim, N sequences.
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,9 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 
     HAS_VARLEN = True
+    # Fewer KV heads than query heads: torch 2.11 takes them unasked, later ones want to be told.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        varlen_attn = functools.partial(varlen_attn, enable_gqa=True)
 except ImportError:  # an older torch; padding is slower, not wrong
     HAS_VARLEN = False
 
@@ -31,7 +37,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Span
     if HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         left = -1 if kind.window is None else kind.window - 1
         bounds = (queries.bounds, keys.bounds, queries.longest, keys.longest)
-        found = varlen_attn(q, k, v, *bounds, scale=kind.scale, window_size=(left, 0), enable_gqa=True)
+        found = varlen_attn(q, k, v, *bounds, scale=kind.scale, window_size=(left, 0))
         assert isinstance(found, Tensor)
         return found
     return padded_attention(q, k, v, queries, keys, kind)

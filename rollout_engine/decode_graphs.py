@@ -21,12 +21,15 @@ from rollout_engine.kv_cache import KVCache
 from rollout_engine.models.context import PagedAttention
 from rollout_engine.models.decoder import Decoder
 
-BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows; larger steps aren't bound by launches
-MAX_RECORDINGS = 64  # a recording takes megabytes of launch parameters; the oldest goes
+BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)  # rows
+MAX_RECORDINGS = 128  # a recording takes megabytes of launch parameters; the oldest goes
 
 
 class Recorder(Protocol):
     """Records what ``run`` launches; returns how to launch it again, and the tensor that each launch fills."""
+
+    def forget(self) -> None:
+        """All recordings are gone."""
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]: ...
 
@@ -43,16 +46,20 @@ class CudaRecorder:
     """Records on the GPU; all recordings take their memory from one pool, since only one of them runs at a time."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # one for all: cuBLAS keeps a workspace for each that it has seen
+        self.forget()
+
+    def forget(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()  # one whose recordings are all gone takes no more
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             run()  # compiles kernels and loads libraries, which can't be recorded
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (a judge, a watchdog) may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             out = run()
         return graph.replay, out
 
@@ -108,6 +115,7 @@ class DecodeGraphs:
         addresses = self._fingerprint()
         if addresses != self._addresses:
             self._recordings.clear()
+            self.recorder.forget()
             self._addresses = addresses
 
     def _fingerprint(self) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +19,20 @@ from rollout_engine.scheduler import Chunk, Schedule
 if TYPE_CHECKING:
     from rollout_engine.decode_graphs import DecodeGraphs
 
-SAMPLER_ELEMENTS = 1 << 24  # of one [rows, vocabulary] fp32 block: 64 MiB
+SAMPLER_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of one [rows, vocabulary] fp32 block: 64 MiB, 1 GiB
 ROW_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The tokens to draw after a step's forward, and as many copies of the last as fill up the rows."""
+
+    count: int  # without those copies
+    index: Tensor  # [R] row of the hidden states, as all tensors on the device
+    uniform: Tensor  # [R]
+    heat: Tensor  # [R] temperatures
+    filters: tuple[Tensor | None, Tensor | None, Tensor | None]  # top-k, top-p, min-p [R]; None without any
+    bans: dict[int, list[int]]  # row -> tokens
 
 
 class Runner:
@@ -37,8 +49,9 @@ class Runner:
     # no_grad, not inference_mode: the weights may be the trainer's own, and inference tensors can't be trained.
     @torch.no_grad()
     def run(self, step: Schedule) -> SampledTokens | None:
-        """Forward the step's chunks; one sampled token per (chunk, sample) that caught up, in chunk order.
+        """Forward the step's chunks; one sampled token per (chunk, sample) that caught up, in chunk order, on the CPU.
 
+        The host prepares the draws while the device is at the forward, and waits for it once, at the end.
         Raises FloatingPointError when the logits aren't finite.
         """
         if step.copies:
@@ -47,7 +60,9 @@ class Runner:
         padding = self.graphs.padding(lengths) if self.graphs else None
         inputs = self._inputs(step.chunks, lengths, padding or 0)
         runs = self.decoder if padding is None or self.graphs is None else self.graphs
-        return self._sample(runs.hidden(*inputs), step.chunks)
+        hidden = runs.hidden(*inputs)
+        draws = self._draws(step.chunks)
+        return None if draws is None else self._sample(hidden, draws)
 
     def _inputs(self, chunks: list[Chunk], lengths: np.ndarray, padding: int) -> tuple[Tensor, PagedAttention]:
         """Tokens and context of the chunks, and of ``padding`` rows after them: a token 0 each, on the spare page."""
@@ -60,13 +75,13 @@ class Runner:
             tables[row, : len(chunk.seq.pages)] = chunk.seq.pages
             tokens += chunk.seq.token_ids[chunk.start : chunk.end]
         ctx = PagedAttention.from_pages(lengths, ends, tables, *self.kv_cache.storage(), exact=self.decoder.exact)
-        return torch.tensor(tokens + [0] * padding, device=self.device), ctx
+        return self._upload(np.array(tokens + [0] * padding, dtype=np.int64)), ctx
 
-    def _sample(self, hidden: Tensor, chunks: list[Chunk]) -> SampledTokens | None:
+    def _draws(self, chunks: list[Chunk]) -> _Draws | None:
         rows: list[int] = []
         noise: list[tuple[int, int, int]] = []
         filters: list[tuple[float, int, float, float]] = []
-        bans: dict[int, list[int]] = {}  # row of the sampler's block -> tokens
+        bans: dict[int, list[int]] = {}
         row = -1
         for chunk in chunks:
             row += chunk.end - chunk.start
@@ -81,33 +96,44 @@ class Runner:
         if not rows:
             return None
         pad = -len(rows) % ROW_MULTIPLE
-        noise += noise[-1:] * pad
-        filters += filters[-1:] * pad
-        uniform = philox_uniform(*torch.tensor(noise, device=self.device).T.contiguous())
-        heat, top_k, top_p, min_p = torch.tensor(filters, dtype=torch.float64, device=self.device).T
-        filtered = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
-        chosen = hidden[torch.tensor(rows + rows[-1:] * pad, device=self.device)]
-        width = max(ROW_MULTIPLE, SAMPLER_ELEMENTS // self.decoder.config.vocab_size // ROW_MULTIPLE * ROW_MULTIPLE)
+        integers = [
+            (row, top_k, *counters) for row, (_, top_k, _, _), counters in zip(rows, filters, noise, strict=True)
+        ]
+        fractions = [(heat, top_p, min_p) for heat, _, top_p, min_p in filters]
+        columns = self._upload(np.array(integers + integers[-1:] * pad, dtype=np.int64).T)
+        heat, top_p, min_p = self._upload(np.array(fractions + fractions[-1:] * pad, dtype=np.float32).T)
+        filtered = any(top_k > 0 or top_p < 1 or min_p > 0 for _, top_k, top_p, min_p in filters)
+        kept = (columns[1], top_p, min_p) if filtered else (None, None, None)
+        return _Draws(len(rows), columns[0], philox_uniform(*columns[2:]), heat, kept, bans)
+
+    def _sample(self, hidden: Tensor, draws: _Draws) -> SampledTokens:
+        chosen = hidden[draws.index]
+        elements = SAMPLER_ELEMENTS.get(self.device.type, SAMPLER_ELEMENTS["cpu"])
+        width = max(ROW_MULTIPLE, elements // self.decoder.config.vocab_size // ROW_MULTIPLE * ROW_MULTIPLE)
         parts = []
         for begin in range(0, len(chosen), width):
             part = slice(begin, begin + width)
             z = self.decoder.head.logits(chosen[part])
-            found = sample_tokens(
-                z,
-                heat[part].float(),
-                uniform[part],
-                top_k[part].long() if filtered else None,
-                top_p[part].float() if filtered else None,
-                min_p[part].float() if filtered else None,
-                self._banned(z, {row - begin: ids for row, ids in bans.items() if begin <= row < begin + width}),
-            )
-            parts.append(self._rescored(found, chosen[part], heat[part].float()) if self.rescores else found)
-        if not all(torch.isfinite(part.logprobs).all() for part in parts):
+            top_k, top_p, min_p = (None if column is None else column[part] for column in draws.filters)
+            banned = self._banned(z, {row - begin: ids for row, ids in draws.bans.items() if 0 <= row - begin < width})
+            found = sample_tokens(z, draws.heat[part], draws.uniform[part], top_k, top_p, min_p, banned)
+            parts.append(self._rescored(found, chosen[part], draws.heat[part]) if self.rescores else found)
+        columns = [torch.cat(column) for column in zip(*(vars(p).values() for p in parts), strict=True)]
+        if self.device.type != "cpu":  # in one copy; float64 holds token ids and fp32 numbers
+            together = torch.stack([column.double() for column in columns]).cpu()
+            columns = [column.to(like.dtype) for column, like in zip(together, columns, strict=True)]
+        sampled = SampledTokens(*columns)
+        if not torch.isfinite(sampled.logprobs).all():
             raise FloatingPointError(
                 "the model's logits are not finite; its weights are damaged, or its dtype overflows"
             )
-        columns = [torch.cat(column)[: len(rows)] for column in zip(*(vars(p).values() for p in parts), strict=True)]
-        return SampledTokens(*columns)
+        return SampledTokens(*[column[: draws.count] for column in columns])
+
+    def _upload(self, numbers: np.ndarray) -> Tensor:
+        """On the device, without waiting for what it is at."""
+        held = torch.from_numpy(np.ascontiguousarray(numbers))
+        held = held.pin_memory() if self.device.type == "cuda" else held
+        return held.to(self.device, non_blocking=True)
 
     def _rescored(self, found: SampledTokens, hidden: Tensor, heat: Tensor) -> SampledTokens:
         """The same tokens with the log-probs and entropies that the trainer will compute for them."""
@@ -120,7 +146,7 @@ class Runner:
         """The tokens of ``bans`` (row -> ids) as a mask over logits z [R, V]; None where there are none."""
         if not bans:
             return None
+        rows, ids = self._upload(np.array([(row, token) for row, tokens in bans.items() for token in tokens]).T)
         mask = torch.zeros_like(z, dtype=torch.bool)
-        for row, ids in bans.items():
-            mask[row, ids] = True
+        mask[rows, ids] = True
         return mask

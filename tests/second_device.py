@@ -24,7 +24,7 @@ WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.defa
 
 
 class Elsewhere(Tensor):
-    """A tensor of the second device."""
+    """A tensor of the second device. To give it other ``.data`` is beyond it: cast a module before it moves here."""
 
     held: Tensor
 

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,20 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{name}, torch {torch.__version__}, {dtype}")
     print(f"limits: copy {reached.bytes_per_s / 1e9:.1f} GB/s, matmul {reached.flops / 1e12:.2f} TFLOP/s\n")
     print(line(COLUMNS))
-    rows = []
-    for case in chosen(args.ops or list(FAMILIES), device, dtype):
-        rows.append(measured(case, device, reached, args.budget))
-        print(line(cells(rows[-1])), flush=True)
-        for peer, why in rows[-1]["refused"].items():
-            print(f"  {peer} doesn't take it: {why}")
-    report = {
+    report: dict[str, Any] = {
         "device": name, "torch": torch.__version__, "dtype": str(dtype), "date": str(datetime.date.today()),
-        "limits": vars(reached), "cases": rows,
+        "limits": vars(reached), "cases": [],
     }  # fmt: skip
-    if args.json:
-        write(args.json, json.dumps(report, indent=1))
-    if args.markdown:
-        write(args.markdown, markdown(report))
+    for case in chosen(args.ops or list(FAMILIES), device, dtype):
+        row = measured(case, device, reached, args.budget)
+        report["cases"].append(row)
+        print(line(cells(row)), flush=True)
+        for peer, why in row["refused"].items():
+            print(f"  {peer} doesn't take it: {why}")
+        if args.json:  # after each: what is measured is kept, whatever comes of the rest
+            write(args.json, json.dumps(report, indent=1))
+        if args.markdown:
+            write(args.markdown, markdown(report))
     if args.plot:
         draw(report, args.plot)
     return 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]

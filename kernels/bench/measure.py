@@ -9,10 +9,12 @@ import torch
 from kernels.bench.case import LIMIT, Case, Op, Tensors
 from kernels.bench.timing import Limits, input_sets, seconds
 
+REFUSALS = (RuntimeError, TypeError, ValueError)  # of a library without a kernel for this, or of another version
+
 
 def measured(case: Case, device: torch.device, reached: Limits, budget_s: float) -> dict[str, Any]:
     """Errors, times, ratios and, on a GPU, memory of one case."""
-    inputs = input_sets(case.make, case.bytes, device)
+    inputs = input_sets(case.make, device)
 
     def time(op: Op) -> float:
         return seconds([case.call(op, given) for given in inputs], device, budget_s)
@@ -24,8 +26,8 @@ def measured(case: Case, device: torch.device, reached: Limits, budget_s: float)
             times[name] = time(op)
             if name in case.peers:
                 errors[name] = error(case, op, inputs[0])
-        except RuntimeError as why:  # a library without a kernel for this
-            refused[name] = str(why).strip().splitlines()[0]
+        except REFUSALS as why:
+            refused[name] = f"{type(why).__name__}: {why}".splitlines()[0]
     best = min(times.keys() & case.peers or times.keys() - {"ours"}, key=times.__getitem__, default=None)
     return {
         "op": case.op,

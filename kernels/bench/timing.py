@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CACHE_BYTES = {"cuda": 60 << 20, "cpu": 32 << 20}  # last-level cache of an H200; of a server CPU, by core or shared
 BEYOND_CACHE = 5  # rotating inputs take at least so many times the cache
@@ -36,10 +37,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def input_sets(make: Callable[[int], Any], bytes_each: float, device: torch.device) -> list[Any]:
+def input_sets(make: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> list[tuple[Tensor, ...]]:
     """As many inputs, from different seeds, as outgrow the cache."""
-    wanted = BEYOND_CACHE * CACHE_BYTES[device.type] / max(bytes_each, 1.0)
-    return [make(seed) for seed in range(max(2, min(MAX_SETS, int(wanted) + 1)))]
+    first = make(0)
+    wanted = BEYOND_CACHE * CACHE_BYTES[device.type] / max(1, sum(t.nbytes for t in first))
+    return [first, *(make(seed) for seed in range(1, max(2, min(MAX_SETS, int(wanted) + 1))))]
 
 
 def seconds(calls: Calls, device: torch.device, budget_s: float = 0.5) -> float:

@@ -68,7 +68,7 @@ def test_a_peer_that_refuses_is_named_and_left_out(monkeypatch: pytest.MonkeyPat
     case, *_ = bench.chosen(["norms"], CPU, torch.float32)
     case = dataclasses.replace(case, peers=case.peers | {"other": refuses})
     row = measure.measured(case, CPU, Limits(1e9, 1e9), 0.01)
-    assert row["refused"] == {"other": "no kernel for this"} and row["best_peer"] == "torch"
+    assert row["refused"] == {"other": "RuntimeError: no kernel for this"} and row["best_peer"] == "torch"
 
 
 def bars(bar: Bar | None, times: dict[str, float], **case: Any) -> dict[str, Any] | None:

@@ -57,14 +57,19 @@ def device(visits: Visits | None) -> torch.device:
 
 
 @pytest.fixture
-def model(device: torch.device) -> Model:
+def dtype() -> torch.dtype:
+    return torch.float32
+
+
+@pytest.fixture
+def model(device: torch.device, dtype: torch.dtype) -> Model:
     hf = Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, max_position_embeddings=128,
     )  # fmt: skip
     decoder = Decoder(qwen3.decoder_config(hf), VOCAB)
     decoder.init_weights(0, std=0.1)
-    return Model(decoder.to(device), hf, None, (0,))
+    return Model(decoder.to(dtype).to(device), hf, None, (0,))
 
 
 def answers(model: Model, record: Recorder | None = None, **settings: object) -> list[RequestOutput]:
@@ -79,26 +84,26 @@ def answers(model: Model, record: Recorder | None = None, **settings: object) ->
     return outs
 
 
-def recorder(visits: Visits | None) -> Recorder:
-    """:func:`record_nothing` of what a CUDA graph could record: no launch waits for the device or sends it data."""
+class Launches:
+    """Stands for CUDA graphs: a recording's launches are those of ``run``, made again on the same memory. And none of
+    them may wait for the device or send it data, which a graph can't."""
 
-    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        before = visits and (visits.waits, visits.uploads)
-        recorded = record_nothing(run)
-        assert before == (visits and (visits.waits, visits.uploads))
-        return recorded
+    def __init__(self, visits: Visits | None) -> None:
+        self.visits = visits
+        self.forgotten = 0
 
-    return record
+    def forget(self) -> None:
+        self.forgotten += 1
 
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        before = self.visits and (self.visits.waits, self.visits.uploads)
+        out = run().clone()
+        assert before == (self.visits and (self.visits.waits, self.visits.uploads))
 
-def record_nothing(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Stands for a CUDA graph: the launches are those of ``run``, made again on the same memory."""
-    out = run().clone()
+        def replay() -> None:
+            out.copy_(run())
 
-    def replay() -> None:
-        out.copy_(run())
-
-    return replay, out
+        return replay, out
 
 
 def samples(outs: list[RequestOutput]) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
@@ -145,6 +150,7 @@ def test_losses_and_gradients_are_those_of_plain_torch(model: Model, use: Callab
         assert (plain - ours).abs().max() <= 1e-5 * max(1.0, plain.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exact_engine_and_trainer_agree_bitwise(model: Model, use: Callable[[str], None]) -> None:
     """By kernels of one configuration: prompts in pieces, decoded, cached and packed."""
     use("triton")
@@ -156,13 +162,28 @@ def test_exact_engine_and_trainer_agree_bitwise(model: Model, use: Callable[[str
 def test_recorded_decode_steps_change_nothing(model: Model, use: Callable[[str], None], visits: Visits | None) -> None:
     """Padded batches and padded work lists, filled anew for every step."""
     use("triton")
-    assert samples(answers(model, recorder(visits))) == samples(answers(model))
+    assert samples(answers(model, Launches(visits))) == samples(answers(model))
+
+
+def test_a_step_waits_for_the_device_once(model: Model, use: Callable[[str], None], visits: Visits | None) -> None:
+    if visits is None:
+        pytest.skip("counted on a device beside the CPU")
+    use("triton")
+    llm = LLM(model, kv_cache_gib=0.002, max_num_seqs=16, numerics="fast", cuda_graphs=False)
+    for ids, filters in zip(PROMPTS, ({}, {"top_p": 0.9}, {"min_tokens": 2, "top_k": 5}), strict=True):
+        llm.add_request({"prompt_token_ids": ids}, SamplingParams(n=2, max_tokens=4, seed=3, **filters))
+    before, sent = visits.waits, visits.uploads
+    while llm.step() or llm.scheduler.has_work:
+        pass
+    assert visits.waits - before == llm.counters.steps
+    assert visits.uploads - sent <= 8 * llm.counters.steps
 
 
 def test_a_recording_is_forgotten_when_a_weight_moves(model: Model, use: Callable[[str], None]) -> None:
     use("triton")
+    launches = Launches(None)
     llm = LLM(model, kv_cache_gib=0.002, max_num_seqs=16, numerics="fast", cuda_graphs=False)
-    graphs = llm.graphs = llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, record_nothing)
+    graphs = llm.graphs = llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, launches)
     params = SamplingParams(max_tokens=4, temperature=0.0)
 
     def generate() -> tuple[int, ...]:
@@ -174,9 +195,9 @@ def test_a_recording_is_forgotten_when_a_weight_moves(model: Model, use: Callabl
     with torch.no_grad():
         model.decoder.norm.weight.mul_(1.0)  # in place: recordings stay
     llm.publish(1)
-    assert graphs._recordings
+    assert graphs._recordings and not launches.forgotten
     norm = model.decoder.norm
     norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
     llm.publish(2)
-    assert not graphs._recordings
+    assert not graphs._recordings and launches.forgotten == 1
     assert generate() == before
