@@ -27,6 +27,7 @@ import transformers
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from kernels.device import default_device
 from rlhf.algorithms import Algorithm
 from rlhf.cluster.local import LocalCluster
 from rlhf.config import Config, load_config
@@ -43,20 +44,26 @@ WARM_UP = 2  # steps that aren't counted
 
 
 class Clock:
-    """Seconds by phase; :meth:`time` nests, and an inner phase is taken off the outer one."""
+    """Seconds by phase, of the device's work too; :meth:`time` nests, and an inner phase is taken off the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._inner: list[float] = [0.0]
         self._open: list[tuple[str, float]] = []
 
+    @staticmethod
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def start(self, phase: str) -> None:
-        self._open.append((phase, time.perf_counter()))
+        self._open.append((phase, self.now()))
         self._inner.append(0.0)
 
     def stop(self) -> None:
         phase, started = self._open.pop()
-        spent = time.perf_counter() - started
+        spent = self.now() - started
         self.seconds[phase] = self.seconds.get(phase, 0.0) + spent - self._inner.pop()
         self._inner[-1] += spent
 
@@ -124,7 +131,7 @@ class Peer:
         self.clock, self.train, self.tokenizer = clock, config.train, task.tokenizer
         hf_config = transformers.AutoConfig.from_pretrained(task.checkpoint)
         model_class = getattr(transformers, architecture(hf_config))
-        self.model = model_class.from_pretrained(task.checkpoint)
+        self.model = model_class.from_pretrained(task.checkpoint, dtype=config.model.dtype).to(default_device())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.train.lr, betas=config.train.betas)
 
     def step(self, prompts: Sequence[Prompt], sampling: SamplingParams, reward: Judges) -> int:
@@ -138,7 +145,7 @@ class Peer:
             values = torch.tensor([t.score.value for t in trajectories if t.score is not None])
             grouped = values.view(len(prompts), -1)
             std, mean = torch.std_mean(grouped, 1, keepdim=True)
-            advantages = ((grouped - mean) / (std + 1e-6)).flatten()
+            advantages = ((grouped - mean) / (std + 1e-6)).flatten().to(ids.device)
         with clock.time("forward"):
             trained = mask.clone()
             trained[:, : ids.shape[1] - sampling.max_tokens] = 0
@@ -160,8 +167,14 @@ class Peer:
         """Token ids and mask [prompts * n, width], left-padded; and the answers."""
         width = max(len(p.token_ids) for p in prompts)
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        ids = torch.tensor([[pad] * (width - len(p.token_ids)) + list(p.token_ids) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts])
+        gaps = [width - len(p.token_ids) for p in prompts]
+        ids, mask = torch.tensor(
+            [
+                [[pad] * gap + list(p.token_ids) for p, gap in zip(prompts, gaps, strict=True)],
+                [[0] * gap + [1] * len(p.token_ids) for p, gap in zip(prompts, gaps, strict=True)],
+            ],
+            device=self.model.device,
+        )
         generation = transformers.GenerationConfig(
             do_sample=True,
             temperature=sampling.temperature,

@@ -54,7 +54,8 @@ def spawn_roles(config: Config, algorithm: Algorithm, cluster: Cluster, run: Run
     reward = spawn_judges(config, cluster, weights)
     scorers, learners = [], {"policy": policy}
     if "reference" in algorithm.roles:
-        scorers.append(spawn("reference", Reference, timeout_s=config.cluster.timeout_s))
+        exact = config.rollout.numerics == "exact"
+        scorers.append(spawn("reference", Reference, exact=exact, timeout_s=config.cluster.timeout_s))
     if "critic" in algorithm.roles:
         learners["critic"] = spawn("critic", Critic, **learning)
         scorers.append(learners["critic"])

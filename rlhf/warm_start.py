@@ -19,6 +19,7 @@ from rlhf.roles.policy import Policy
 from rlhf.run_folder import RunFolder
 from rlhf.tracking.console import Console
 
+UNUSED_KV_GIB = 0.1  # nothing is generated
 REPORT_EVERY = 25
 AVERAGED = 8  # steps whose mean loss is reported, and compared with warm_start.until_loss
 
@@ -45,7 +46,7 @@ def warm_start(
         checkpoint=checkpoint,
         run_folder=run.path,
         model=config.model,
-        rollout=config.rollout,
+        rollout=config.rollout.model_copy(update={"kv_cache_gib": min(config.rollout.kv_cache_gib, UNUSED_KV_GIB)}),
         train=config.train.model_copy(update={"lr": section.lr, "warmup_steps": 0, "schedule": "constant"}),
         algorithm=sft,
         total_updates=section.steps,

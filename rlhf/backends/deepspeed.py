@@ -137,6 +137,7 @@ class DeepSpeedBackend(Ranks):
                 },
                 "bf16": {"enabled": dtype == torch.bfloat16},
                 "data_types": {"grad_accum_dtype": "fp32"},
+                "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward
                 "steps_per_print": 1 << 30,
             },
         )
@@ -162,13 +163,13 @@ class DeepSpeedBackend(Ranks):
         step yet; raises RuntimeError naming the weights that this one should have moved, and hasn't. Collective.
         """
         batches = self.microbatches(batch, max_tokens)
-        total = 0.0
+        losses = []
         for i, micro in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
             loss = loss_fn(self.engine, micro)
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-            total += loss.item()
-        total = self.reduce([total], "sum")[0]
+            losses.append(loss.detach())
+        total = self.reduce([sum(torch.stack(losses).tolist())], "sum")[0]
         norm = self._grad_norm()
         if not math.isfinite(norm):
             self._drop_gradients()
@@ -220,7 +221,8 @@ class DeepSpeedBackend(Ranks):
         """Of all parameters, the same on every rank."""
         if self.stage in (1, 2):
             return float(self.optimizer.scaled_global_norm())
-        square = sum(float(self._read_gradient(p).double().square().sum()) for p in self.module.parameters())
+        squares = [self._read_gradient(p).double().square().sum() for p in self.module.parameters()]
+        square = sum(torch.stack(squares).tolist())
         return math.sqrt(self.reduce([square], "sum")[0] if self.stage == 3 else square)
 
     def _drop_gradients(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,22 +99,29 @@ class Learner:
 
 
 class _Diagnostics:
-    """Token means and maxima over the micro-batches of a step."""
+    """Token means and maxima over the micro-batches of a step. Held where they are: the host asks for them once."""
 
     def __init__(self) -> None:
-        self.total: dict[str, float] = {}
-        self.peak: dict[str, float] = {}
+        self.total: dict[str, Tensor] = {}
+        self.peak: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, columns: dict[str, Tensor]) -> None:
         self.count += len(next(iter(columns.values())))
         for name, column in columns.items():
-            self.total[name] = self.total.get(name, 0.0) + column.double().sum().item()
-            self.peak[name] = max(self.peak.get(name, -math.inf), column.max().item() if len(column) else -math.inf)
+            column = column.detach().double()
+            peak = column.max() if len(column) else column.new_tensor(-math.inf)
+            self.total[name] = self.total[name] + column.sum() if name in self.total else column.sum()
+            self.peak[name] = torch.maximum(self.peak[name], peak) if name in self.peak else peak
 
     def reduce(self, backend: DeepSpeedBackend) -> tuple[dict[str, float], dict[str, float]]:
         """Means and maxima by name, over all ranks. Collective."""
-        *totals, count = backend.reduce([*self.total.values(), self.count], "sum")
-        peaks = backend.reduce(list(self.peak.values()), "max")
+        *totals, count = backend.reduce([*numbers(self.total.values()), self.count], "sum")
+        peaks = backend.reduce(numbers(self.peak.values()), "max")
         means = {name: total / max(1.0, count) for name, total in zip(self.total, totals, strict=True)}
         return means, dict(zip(self.peak, peaks, strict=True))
+
+
+def numbers(tensors: Iterable[Tensor]) -> list[float]:
+    """Of tensors of one element each, after one wait."""
+    return torch.stack([*tensors]).tolist()
