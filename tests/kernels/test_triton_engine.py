@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from transformers import Qwen3Config
 
 from kernels import dispatch
 from kernels.device import default_device
+from rlhf.config import ModelSection, Train
+from rlhf.packing import pack
+from rlhf.roles import frozen, reference
+from rlhf.types import Completion, Prompt, Score, Trajectory
 from rollout_engine import LLM, RequestOutput, SamplingParams
 from rollout_engine.decode_graphs import DecodeGraphs, Recorder
 from rollout_engine.models import qwen3
@@ -157,6 +162,31 @@ def test_exact_engine_and_trainer_agree_bitwise(model: Model, use: Callable[[str
     outs = answers(model, numerics="exact", max_batch_tokens=24)
     reported = torch.tensor([value for _, logprobs in samples(outs) for value in logprobs])
     assert torch.equal(reported, trained_logprobs(model, outs, exact=True).cpu())
+
+
+def test_a_reference_scores_in_exact_what_the_engine_reports(
+    model: Model, device: torch.device, use: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL to the starting weights is 0 at the start."""
+    use("triton")
+    outs = answers(model, numerics="exact")
+    monkeypatch.setattr(reference, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(frozen, "default_device", lambda: device)
+    model.decoder.set_exact(False)
+    role = reference.Reference(checkpoint=tmp_path, model=ModelSection(), train=Train(lr=0), timeout_s=60, exact=True)
+    trajectories = [
+        Trajectory.from_completion(
+            Prompt(i, "", out.prompt_token_ids),
+            Completion("", "", a.token_ids, a.finish_reason, a.policy_logprobs, temperature=0.9),
+            i,
+            Score(0.0),
+        )
+        for i, out in enumerate(outs)
+        for a in out.outputs
+    ]
+    batch = pack(trajectories)
+    scored = role.score(batch)
+    assert torch.equal(scored.ref_logprobs[batch.loss_mask], batch.rollout_logprobs[batch.loss_mask])
 
 
 def test_recorded_decode_steps_change_nothing(model: Model, use: Callable[[str], None], visits: Visits | None) -> None:
