@@ -5,8 +5,7 @@ Axes: R rows, H hidden, V rows of the head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,14 +18,14 @@ from kernels.dispatch import warn_once
 from kernels.reference.dense import linear
 from kernels.reference.logprobs import Product
 from kernels.triton.elementary import LOG2E, LOWEST
+from kernels.triton.tables import chosen
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 GROUP = tl.constexpr(16)  # row tiles whose hidden states stay in the L2 cache: 16 MB at H = 4096
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """How a head's logits and log-probs are computed."""
 
     rows: int  # of a tile
@@ -53,7 +52,7 @@ def form_of(weight: Tensor) -> Form:
     fused = width <= 2048 and vocabulary % 16 == 0
     if width % 64:
         return Form(128, 128, 32, warps=8, stages=3, fused_backward=fused)
-    return Form(128, 256, 64, warps=8, stages=3, fused_backward=fused)
+    return chosen(weight.device, Form(128, 256, 64, warps=8, stages=3, fused_backward=fused), "head", weight.dtype)
 
 
 @triton.jit

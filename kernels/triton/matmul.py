@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.triton.inputs import left_to_torch, require
+from kernels.triton.tables import chosen
 
 
 @triton.jit
@@ -92,10 +93,13 @@ LARGEST = Tile(256, 128, 64, warps=8, stages=4)
 FP32 = Tile(64, 32, 32, warps=4, stages=3)  # no tensor cores: one tile for all
 
 
-def tile_for(tokens: int, in_features: int, dtype: torch.dtype) -> Tile:
+def tile_for(tokens: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """``k`` depends on ``in_features`` and dtype alone, so that a sum is divided alike for any number of tokens."""
-    fitting = (tile for limit, tile in BUCKETS.items() if tokens <= limit)
-    tile = FP32 if dtype == torch.float32 else next(fitting, LARGEST)
+    limit = next((limit for limit in BUCKETS if tokens <= limit), None)
+    if dtype == torch.float32:
+        tile = FP32
+    else:
+        tile = chosen(device, LARGEST if limit is None else BUCKETS[limit], "invariant_linear", dtype, limit)
     return tile._replace(k=min(tile.k, max(16, triton.next_power_of_2(in_features))))
 
 
@@ -103,7 +107,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     (tokens, in_features), out_features = x.shape, len(weight)
     out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
-    tile = tile_for(tokens, in_features, x.dtype)
+    tile = tile_for(tokens, in_features, x.dtype, x.device)
     if out.numel():
         _invariant_linear_kernel[(triton.cdiv(out_features, tile.out) * triton.cdiv(tokens, tile.tokens),)](
             x, weight, weight if bias is None else bias, out, x.stride(0), weight.stride(0), tokens, in_features,

@@ -34,6 +34,8 @@ from kernels.triton.ragged import (
     store_rows,
     whole_heads,
 )
+from kernels.triton.tables import chosen
+from kernels.triton.tiles import head_block
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -93,11 +95,11 @@ def _packed_attention_kernel(
     tl.store(lse + (row + m) * HEADS + head, peak * log2_scale + tl.log2(mass), mask=m < rows)
 
 
-def _tile(dtype: torch.dtype, dim: int) -> Tile:
+def _tile(dtype: torch.dtype, dim: int, device: torch.device) -> Tile:
     """Two stages of 64 keys of the widest heads fill the shared memory; eight warps, since four spill."""
     if dtype == torch.float32:
         return fp32_tile(dim)
-    return Tile(128, 64, 8, 3 if dim <= 128 else 2)
+    return chosen(device, Tile(128, 64, 8, 3 if dim <= 128 else 2), "packed_forward", dtype, head_block(dim))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, kind: AttentionKind) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, kind: Attenti
     q, k, v = whole_heads(q), whole_heads(k), whole_heads(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    launch(_packed_attention_kernel, (q, k, v, out, lse), q, k, v, plan, kind, _tile(q.dtype, q.shape[2]))
+    launch(_packed_attention_kernel, (q, k, v, out, lse), q, k, v, plan, kind, _tile(q.dtype, q.shape[2], q.device))
     return out, lse
 
 

@@ -27,6 +27,8 @@ from kernels.triton.ragged import (
     store_rows,
     whole_heads,
 )
+from kernels.triton.tables import chosen
+from kernels.triton.tiles import head_block
 
 
 @triton.jit
@@ -142,20 +144,20 @@ def _packed_attention_dkv_kernel(
         store_rows(dv + kv_head * DIM, dv_tile, row, width, rows, DIM, BLOCK_D)
 
 
-def _query_tile(dtype: torch.dtype, dim: int) -> Tile:
+def _query_tile(dtype: torch.dtype, dim: int, device: torch.device) -> Tile:
     """Of dQ: as tall as the forward's; three products in place of two leave fewer stages."""
     if dtype == torch.float32:
         return fp32_tile(dim)
-    return Tile(128, 64, 8, 2) if dim <= 128 else Tile(128, 32, 8, 2)
+    tile = Tile(128, 64, 8, 2) if dim <= 128 else Tile(128, 32, 8, 2)
+    return chosen(device, tile, "packed_dq", dtype, head_block(dim))
 
 
-def _key_tile(dtype: torch.dtype, dim: int) -> Tile:
+def _key_tile(dtype: torch.dtype, dim: int, device: torch.device) -> Tile:
     """Of dK and dV, two accumulators as wide as a head: the most that compiles without spilling."""
     if dtype == torch.float32:
         return fp32_tile(dim)
-    if dim <= 64:
-        return Tile(64, 128, 8, 2)
-    return Tile(32, 128, 8, 2) if dim <= 128 else Tile(32, 64, 8, 2)
+    tile = Tile(64 if dim <= 64 else 32, 128 if dim <= 128 else 64, 8, 2)
+    return chosen(device, tile, "packed_dkv", dtype, head_block(dim))
 
 
 def packed_attention_backward(
@@ -173,9 +175,9 @@ def packed_attention_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     dtype, dim = q.dtype, q.shape[2]
-    given, tile = (q, k, v, out, dout, lse), _query_tile(dtype, dim)
+    given, tile = (q, k, v, out, dout, lse), _query_tile(dtype, dim, q.device)
     launch(_packed_attention_dq_kernel, (*given, delta, dq), q, k, v, plan, kind, tile)
-    given, tile = (q, k, v, dout, lse, delta), _key_tile(dtype, dim)
+    given, tile = (q, k, v, dout, lse, delta), _key_tile(dtype, dim, q.device)
     # Above 128 there are not enough registers for both.
     for with_dk, with_dv in [(True, True)] if dim <= 128 else [(True, False), (False, True)]:
         launch(

@@ -234,7 +234,7 @@ def attend_blocks(
 ) -> Tensor:
     check_cache("attend_blocks", q, k_cache, v_cache, scales)
     group, dim = q.shape[1] // k_cache.shape[1], q.shape[2]
-    shapes = tiles.attention_tiles(group, dim, q.dtype, scales is not None)
+    shapes = tiles.attention_tiles(group, dim, q.dtype, scales is not None, q.device)
     if not shapes:
         warn_once(f"attention of {q.dtype}, head dim {dim}, {group} query heads a KV head runs in plain torch: no tile")
         return reference.attend_blocks(q, k_cache, v_cache, plan, kind, lse, scales)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
+
+from kernels.triton.tables import chosen
 
 INTERPRETED_MULTIPROCESSORS = 4
 
@@ -51,8 +53,7 @@ def register_limit(programs: int, warps: int) -> int:
     return min(255, 65536 // (32 * warps * programs) // 8 * 8)
 
 
-@dataclass(frozen=True)
-class AttentionTile:
+class AttentionTile(NamedTuple):
     """A program's tile of attention."""
 
     rows: int  # query rows, tokens times the heads that share a KV head
@@ -66,8 +67,9 @@ def head_block(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-@functools.cache
-def attention_tiles(group: int, head_dim: int, dtype: torch.dtype, quantised: bool) -> tuple[AttentionTile, ...]:
+def attention_tiles(
+    group: int, head_dim: int, dtype: torch.dtype, quantised: bool, device: torch.device
+) -> tuple[AttentionTile, ...]:
     """Tiles of paged attention for ``group`` query heads a KV head, lowest first; none where a kernel doesn't fit.
 
     Decode rows take the lowest, pieces of prompts the highest, shared prefixes the first that holds their rows.
@@ -88,4 +90,5 @@ def attention_tiles(group: int, head_dim: int, dtype: torch.dtype, quantised: bo
         ]
         if quantised and block > 128:
             found.pop()
+        found = [chosen(device, tile, "paged", dtype, block, quantised, tile.rows) for tile in found]
     return tuple(tile for tile in found if tile.rows >= group)

@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
+from kernels.triton import tables
+
 SHARED_MEMORY = 232448  # bytes a block may use on sm_90
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORE = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "IMMA")  # warp-group and warp products, by what SASS calls them
@@ -120,9 +122,14 @@ def _run(tool: str, *words: str) -> str:
     return subprocess.run([BIN / tool, *words], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def main(name: str) -> None:
-    """Launch what ``shipped/<name>.py`` launches; print, as JSON, what the compiler made of it by kernel."""
+def main(name: str, table: str | None = None) -> None:
+    """Launch what ``shipped/<name>.py`` launches; print, as JSON, what the compiler made of it by kernel.
+
+    ``table``: with the tiles measured on that device.
+    """
     driver.set_active(CompileOnly())
+    if table:
+        tables.table("cpu").update(tables.table(table))
     importlib.import_module(f"shipped.{name}").launch()
     kernels = kernels_of(importlib.import_module(f"kernels.triton.{name}"))
     report = {k.__name__: [asdict(inspect(made)) for made in compiled(k)] for k in kernels}
@@ -130,4 +137,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

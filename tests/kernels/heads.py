@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def forms(weight: Tensor) -> dict[str, Form]:
     shipped = form_of(weight)
     return {
         "shipped": shipped,
-        "other": replace(shipped, fused_forward=False, fused_backward=not shipped.fused_backward),
+        "other": shipped._replace(fused_forward=False, fused_backward=not shipped.fused_backward),
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from kernels import AttentionKind
 from kernels.bench import __main__ as bench
-from kernels.bench import attention_cases, measure, product_cases
+from kernels.bench import attention_cases, measure, product_cases, timing
 from kernels.bench.case import Bar, Case
 from kernels.bench.report import asked
 from kernels.bench.timing import Limits
@@ -123,3 +123,29 @@ def test_the_recomputed_peer_holds_one_chunk_of_logits(monkeypatch: pytest.Monke
 
     assert kept(case.peers["chunked matmul"]) >= rows * vocabulary
     assert kept(case.peers["chunked, recomputed"]) == 0
+
+
+def test_on_a_gpu_a_round_is_queued_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that takes 3 ms a call, whenever it is let go: the launches' own time isn't in the result."""
+    log: list[str] = []
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    def call() -> None:
+        log.append("call")
+        clock[0] += 3e-3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"sleep {cycles}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: log.append("wait"))
+    assert timing._gpu_seconds([call] * 25, launch_s=1e-4) == pytest.approx(3e-3)
+    assert log == ["sleep 6000000", *["call"] * 20, "wait", "sleep 1500000", *["call"] * 5, "wait"]

@@ -19,6 +19,7 @@ from kernels import reference
 from kernels.triton.matmul import invariant_linear, tile_for
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 16, 8), (1, 1, 1), (3, 64, 64), (17, 33, 70), (65, 130, 129), (130, 96, 40)]  # tokens, in, out
 
@@ -88,7 +89,7 @@ def test_bits_do_not_depend_on_the_run(dtype: torch.dtype, device: torch.device)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_features", [1, 40, 64, 100, 4096])
 def test_k_is_divided_alike_for_any_number_of_rows(in_features: int, dtype: torch.dtype) -> None:
-    tiles = {tile_for(tokens, in_features, dtype) for tokens in range(1, 5000)}
+    tiles = {tile_for(tokens, in_features, dtype, CPU) for tokens in range(1, 5000)}
     assert len({tile.k for tile in tiles}) == 1
     assert all(tile.out >= 64 and tile.tokens >= 16 and tile.k >= 16 for tile in tiles)
     assert len(tiles) == (1 if dtype == torch.float32 else 5)

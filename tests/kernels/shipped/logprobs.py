@@ -3,8 +3,6 @@ and the forward by chunks."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from kernels.triton.logits import form_of
@@ -16,7 +14,7 @@ SPILLS: dict[str, str] = {}
 
 def score(rows: int, width: int, softcap: float | None, dtype: torch.dtype, fused: bool = True) -> None:
     hidden, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(5008, width, dtype=dtype)
-    form = replace(form_of(weight), fused_forward=fused)
+    form = form_of(weight)._replace(fused_forward=fused)
     token_logprobs_by(form, hidden, weight, torch.zeros(rows, dtype=torch.int64), torch.ones(rows), 5000, softcap)
 
 

@@ -3,7 +3,6 @@ both forms, and a vocabulary that isn't a multiple of 16."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -22,7 +21,7 @@ def differentiate(
     hidden, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(vocabulary, width, dtype=dtype)
     targets, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     scored = Scored(hidden, weight, targets, ones, ones, ones, ones, 5000, softcap)
-    form = replace(form_of(weight), fused_backward=fused)
+    form = form_of(weight)._replace(fused_backward=fused)
     gradients(scored, ones, ones if entropy else None, form, wants_hidden=True, wants_weight=False)
 
 
