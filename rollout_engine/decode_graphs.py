@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.triton.fixed_work import fill, pad, prepare_like, sizes
+from kernels.triton.fixed_work import fill, padded_like, prepare, sizes
 from rollout_engine.kv_cache import KVCache
 from rollout_engine.models.context import PagedAttention
 from rollout_engine.models.decoder import Decoder
@@ -36,7 +36,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class _Recording:
-    token_ids: Tensor  # [B]: the inputs' fixed places
+    token_ids: Tensor  # [B]: the inputs' fixed places, those of the step that was recorded
     ctx: PagedAttention
     replay: Callable[[], None]
     hidden: Tensor  # [B, H]: the output's
@@ -86,29 +86,25 @@ class DecodeGraphs:
         if self._first is None:
             self._first = ctx
             return self.decoder.hidden(token_ids, ctx)
-        for window, plan in self._first.plans.made.items():
-            prepare_like(ctx.plans[window], plan)
-        plans = ctx.plans.made
-        key = (len(token_ids), *((window, sizes(plan)) for window, plan in plans.items()))
+        work = {window: padded_like(ctx.plans[window], plan) for window, plan in self._first.plans.made.items()}
+        key = (len(token_ids), *((window, sizes(lists)) for window, lists in work.items()))
         found = self._recordings.get(key)
         if found is None:
-            found = self._recordings[key] = self._recorded(token_ids, ctx)
+            for window, lists in work.items():
+                prepare(ctx.plans[window], lists)
+            found = self._recordings[key] = _Recording(
+                token_ids, ctx, *self.recorder(lambda: self.decoder.hidden(token_ids, ctx))
+            )
             if len(self._recordings) > MAX_RECORDINGS:
                 del self._recordings[next(iter(self._recordings))]
         else:
             found.token_ids.copy_(token_ids)
             found.ctx.positions.copy_(ctx.positions)
             found.ctx.slots.copy_(ctx.slots)
-            for window, plan in plans.items():
-                fill(found.ctx.plans[window], plan)
+            for window, lists in work.items():
+                fill(found.ctx.plans[window], lists)
         found.replay()
         return found.hidden
-
-    def _recorded(self, token_ids: Tensor, ctx: PagedAttention) -> _Recording:
-        """A recording whose inputs' places are those of this step."""
-        for plan in ctx.plans.made.values():
-            pad(plan)
-        return _Recording(token_ids, ctx, *self.recorder(lambda: self.decoder.hidden(token_ids, ctx)))
 
     def check(self) -> None:
         """Forget all recordings if a weight or the cache has moved since they were made."""

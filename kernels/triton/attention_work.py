@@ -14,6 +14,7 @@ Where a token has several items, each leaves its part in memory, and a second ke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,19 +33,51 @@ MERGE = 4  # int32 each: token, its first part, how many; one to spare, so that 
 
 
 @dataclass(frozen=True)
-class Work:
-    """The items of a plan by tile height, on the device.
+class WorkLists:
+    """The items of a plan by tile height, on the host; all int32.
 
     Columns of an item: the first of its tokens, how many there are, that token's position (later ones follow), the
     row of the tables, the first key, the key after the last, the place of its first token among those to be merged
     (-1: the item is all that its tokens have), and which of the token's parts it is.
     """
 
-    items: tuple[tuple[int, Tensor], ...]  # (rows of a tile, [n, 8] int32)
-    merges: Tensor  # [tokens with several parts, 4] int32: token, its first part, how many, unused
+    items: tuple[tuple[int, np.ndarray], ...]  # (rows of a tile, [n, 8])
+    merges: np.ndarray  # [tokens with several parts, 4]: token, its first part, how many, unused
+    tables: np.ndarray  # [S, blocks]
     num_parts: int
-    tables: Tensor  # [S, blocks] int32
     num_tokens: int
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.tables, self.merges, *(items for _, items in self.items)]
+
+    def flat(self, device: torch.device) -> Tensor:
+        """All of them in one array, each from a multiple of 16 bytes on; to be copied to the device unwaited for."""
+        arrays = self.arrays()
+        places = _places(arrays)
+        flat = torch.empty(places[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+        for x, at in zip(arrays, places, strict=False):
+            flat.numpy()[at : at + x.size] = x.ravel()
+        return flat
+
+    def on(self, device: torch.device) -> Work:
+        flat, arrays = self.flat(device).to(device, non_blocking=True), self.arrays()
+        views = [flat[at : at + x.size].view(x.shape) for x, at in zip(arrays, _places(arrays), strict=False)]
+        heights = (height for height, _ in self.items)
+        return Work(
+            tuple(zip(heights, views[2:], strict=True)), views[1], views[0], self.num_parts, self.num_tokens, flat
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """:class:`WorkLists` on the device."""
+
+    items: tuple[tuple[int, Tensor], ...]
+    merges: Tensor
+    tables: Tensor
+    num_parts: int
+    num_tokens: int
+    flat: Tensor  # what holds them all
 
 
 @dataclass(frozen=True)
@@ -82,8 +115,7 @@ def divide(
     block: int,
     heights: Sequence[int],
     step: int,
-    device: torch.device,
-) -> Work:
+) -> WorkLists:
     """Divide a plan among programs.
 
     ``group``: query heads a KV head; a tile of M rows holds M // group tokens. ``block``: keys of a table's entry.
@@ -111,12 +143,11 @@ def divide(
         height: _longest_first(np.concatenate([some for h, some in found if h == height]))
         for height in sorted({h for h, some in found if len(some)})
     }
-    on_device = _upload([batch.tables, merges, *items.values()], device)
-    return Work(
-        items=tuple(zip(items, on_device[2:], strict=True)),
-        merges=on_device[1],
+    return WorkLists(
+        items=tuple((height, some.astype(np.int32)) for height, some in items.items()),
+        merges=merges.astype(np.int32),
+        tables=batch.tables.astype(np.int32),
         num_parts=int(merges[:, 2].sum()),
-        tables=on_device[0],
         num_tokens=int(batch.queries.sum()),
     )
 
@@ -242,12 +273,6 @@ def _longest_first(items: np.ndarray) -> np.ndarray:
     return items[np.argsort(items[:, START] - items[:, STOP], kind="stable")]
 
 
-def _upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as int32 on the device, in one copy that nobody waits for; each begins at 16 bytes."""
-    sizes = [x.size for x in arrays]
-    places = np.cumsum([0, *(-(-size // 4) * 4 for size in sizes)])
-    flat = torch.empty(int(places[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for x, at in zip(arrays, places, strict=False):
-        flat.numpy()[at : at + x.size] = x.ravel()
-    flat = flat.to(device, non_blocking=True)
-    return [flat[at : at + x.size].view(x.shape) for x, at in zip(arrays, places, strict=False)]
+def _places(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Where each begins in one array of int32, and where the last ends: at 16 bytes."""
+    return [0, *itertools.accumulate(-(-x.size // 4) * 4 for x in arrays)]

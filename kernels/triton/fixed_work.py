@@ -1,75 +1,72 @@
 """Work lists of paged attention that keep their places in memory, for launches that are recorded and replayed.
 
 A recorded launch has its grid and its addresses baked in. So a plan's lists are padded to one of few sizes, and the
-lists of another plan of the same sizes are copied over them.
+lists of another plan of the same sizes are copied over them: one copy, which nobody waits for.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from kernels.reference import AttentionPlan
-from kernels.triton.attention_work import MERGED, Work
-from kernels.triton.paged_attention import work_of
+from kernels.triton.attention_work import ITEM, MERGED, Work, WorkLists
+from kernels.triton.paged_attention import lists_of
 
 LEAST = 8  # entries of a padded list
+Lists = dict[tuple[Any, ...], WorkLists]  # by key of ``AttentionPlan.prepared``
 
 
-def prepare_like(plan: AttentionPlan, other: AttentionPlan) -> None:
-    """Make the work lists for ``plan`` that the layers made for ``other``."""
-    for _, *arguments in other.prepared:
-        work_of(plan, *arguments)
+def padded_like(plan: AttentionPlan, other: AttentionPlan) -> Lists:
+    """Padded lists for ``plan``, of each kind that the layers made for ``other``."""
+    return {key: _padded(lists_of(plan, key)) for key in other.prepared}
 
 
-def sizes(plan: AttentionPlan) -> tuple[object, ...]:
-    """What a prepared plan must have in common with another, for one to be copied over the other."""
+def sizes(lists: Lists) -> tuple[object, ...]:
+    """What padded lists must have in common with others, to be copied over them."""
     return tuple(
-        (key, tuple((rows, _room(len(items))) for rows, items in work.items), _room(len(work.merges)),
-         _room(work.num_parts), len(work.tables), _room(work.tables.shape[1]), work.num_tokens)
-        for key, work in plan.prepared.items()
+        (key, *((height, len(items)) for height, items in work.items), len(work.merges), work.num_parts,
+         work.tables.shape, work.num_tokens)
+        for key, work in lists.items()
     )  # fmt: skip
 
 
-def pad(plan: AttentionPlan) -> None:
-    """Give a prepared plan padded lists of its own."""
-    for key, work in plan.prepared.items():
-        plan.prepared[key] = _padded(work)
+def prepare(plan: AttentionPlan, lists: Lists) -> None:
+    """Give a plan its padded lists."""
+    for key, work in lists.items():
+        plan.prepared[key] = work.on(key[-1])
 
 
-def fill(padded: AttentionPlan, plan: AttentionPlan) -> None:
-    """Copy a prepared plan over a padded one of the same :func:`sizes`, in place."""
-    for key, work in plan.prepared.items():
-        target, source = padded.prepared[key], _padded(work)
-        target.tables.copy_(source.tables)
-        target.merges.copy_(source.merges)
-        for (_, into), (_, items) in zip(target.items, source.items, strict=True):
-            into.copy_(items)
+def fill(prepared: AttentionPlan, lists: Lists) -> None:
+    """Copy lists of the same :func:`sizes` over those of a prepared plan."""
+    for key, work in lists.items():
+        held = prepared.prepared[key]
+        assert isinstance(held, Work)
+        held.flat.copy_(work.flat(held.flat.device), non_blocking=True)
 
 
-def _padded(work: Work) -> Work:
+def _padded(work: WorkLists) -> WorkLists:
     width = _room(work.tables.shape[1])
-    return replace(
-        work,
-        items=tuple((rows, _with_idle(items)) for rows, items in work.items),
+    return WorkLists(
+        items=tuple((height, _with_idle(items)) for height, items in work.items),
         merges=_repeated(work.merges),
+        tables=np.pad(work.tables, ((0, 0), (0, width - work.tables.shape[1]))),
         num_parts=_room(work.num_parts),
-        tables=torch.nn.functional.pad(work.tables, (0, width - work.tables.shape[1])),
+        num_tokens=work.num_tokens,
     )
 
 
-def _with_idle(items: Tensor) -> Tensor:
+def _with_idle(items: np.ndarray) -> np.ndarray:
     """Items without a token and without a key follow: their programs write nothing."""
-    idle = items.new_zeros(_room(len(items)) - len(items), items.shape[1])
+    idle = np.zeros((_room(len(items)) - len(items), ITEM), items.dtype)
     idle[:, MERGED] = -1
-    return torch.cat([items, idle])
+    return np.concatenate([items, idle])
 
 
-def _repeated(merges: Tensor) -> Tensor:
+def _repeated(merges: np.ndarray) -> np.ndarray:
     """The last merge again: the same bits to the same place."""
-    return torch.cat([merges, merges[-1:].expand(_room(len(merges)) - len(merges), -1)])
+    return np.concatenate([merges, np.repeat(merges[-1:], _room(len(merges)) - len(merges), axis=0)])
 
 
 def _room(count: int) -> int:

@@ -9,6 +9,8 @@ Axes: T tokens, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head dim, S sequen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from kernels.reference import KV_BLOCK, AttentionKind, AttentionPlan
 from kernels.reference.attention import CAUSAL, score_scale
 from kernels.reference.kv_store import Scales
 from kernels.triton import tiles
-from kernels.triton.attention_work import Work, divide, table_block
+from kernels.triton.attention_work import Work, WorkLists, divide, table_block
 from kernels.triton.elementary import LN2, LOG2E, tanh
 from kernels.triton.kv_store import check_cache, heads_together, store_kv
 
@@ -260,11 +262,16 @@ def work_of(
     """The plan's work list, made when the first layer of its kind asks."""
     key = ("paged_attention", group, window, block, shapes, device)
     if key not in plan.prepared:
-        heights = [shape.rows for shape in shapes]
-        plan.prepared[key] = divide(plan, group, window, block, heights, shapes[0].keys, device)
+        plan.prepared[key] = lists_of(plan, key).on(device)
     found = plan.prepared[key]
     assert isinstance(found, Work)
     return found
+
+
+def lists_of(plan: AttentionPlan, key: tuple[Any, ...]) -> WorkLists:
+    """What belongs in ``plan.prepared`` under a key of :func:`work_of`."""
+    _, group, window, block, shapes, _ = key
+    return divide(plan, group, window, block, [shape.rows for shape in shapes], shapes[0].keys)
 
 
 def _launch(

@@ -25,7 +25,7 @@ from kernels.triton.attention_work import (
     START,
     STOP,
     TOKEN,
-    Work,
+    WorkLists,
     divide,
     shared_prefixes,
 )
@@ -35,13 +35,15 @@ CPU = torch.device("cpu")
 BLOCK = 32
 
 
-def work_of(queries: Sequence[int], contexts: Sequence[int], tables: Sequence[Sequence[int]], **given: int) -> Work:
+def work_of(
+    queries: Sequence[int], contexts: Sequence[int], tables: Sequence[Sequence[int]], **given: int
+) -> WorkLists:
     """Of 4 query heads a KV head."""
     plan = plan_tiles(queries, contexts, tables)
-    return divide(plan, 4, given.get("window"), BLOCK, [16, 64, 128], 64, CPU)
+    return divide(plan, 4, given.get("window"), BLOCK, [16, 64, 128], 64)
 
 
-def blocks_read(work: Work) -> int:
+def blocks_read(work: WorkLists) -> int:
     """KV blocks that the programs of one KV head read."""
     return sum(
         -(-stop // BLOCK) - start // BLOCK
@@ -93,7 +95,7 @@ def test_plain_where_it_would_not_pay() -> None:
         ([1] * 4, [300] * 4, forked([(one, 1)] * 4), None),  # four prompts
     ):
         plan = plan_tiles(queries, contexts, tables, window=window)
-        work = divide(plan, 4, window, BLOCK, [16, 64, 128], 64, CPU)
+        work = divide(plan, 4, window, BLOCK, [16, 64, 128], 64)
         assert work.num_parts == 0 and blocks_read(work) == 4 * -(-contexts[0] // BLOCK), (queries, contexts)
     assert work_of([1] * 4, [CASCADE_KEYS + 1] * 4, forked([(one, 4)])).num_parts == 4 * 2
 

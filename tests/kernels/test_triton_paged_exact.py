@@ -116,7 +116,7 @@ def test_decoding_over_several_splits_is_a_piece_of_the_prompt(device: torch.dev
 def test_an_exact_plan_has_one_height_and_no_parts() -> None:
     """Nor cascades, though all four rows begin alike."""
     plan = plan_tiles([1, 1, 1, 1, 40], [600, 600, 600, 600, 90], [list(range(20))] * 5, exact=True)
-    work = divide(plan, 4, None, 32, [16, 64, 128], 64, torch.device("cpu"))
+    work = divide(plan, 4, None, 32, [16, 64, 128], 64)
     ((height, items),) = work.items
     assert height == 16 and work.num_parts == 0 and not len(work.merges)
     assert (items[:, MERGED] == -1).all() and sorted(items[:, COUNT].tolist()) == [1] * 4 + [4] * 10
