@@ -273,18 +273,19 @@ class LLM:
             return []
         columns = zip(*(column.tolist() for column in vars(sampled).values()), strict=True)
         done: dict[Sequence, tuple[str, int | str | None]] = {}
-        for chunk in schedule.chunks:
-            if not chunk.samples:
+        version = self.scheduler.version
+        for seq, _, _, samples in schedule.chunks:
+            if not samples:
                 continue
-            for seq in [chunk.seq] if chunk.seq.group.forked else self.scheduler.fork(chunk.seq):
+            for sample in [seq] if seq.group.forked else self.scheduler.fork(seq):
                 token, *measured = next(columns)
-                seq.token_ids.append(token)
-                seq.columns.append(tuple(measured))
-                seq.versions.append(self.scheduler.version)
-                self.counters.sampled += 1
-                stopped = self._stops(seq, token)
+                sample.token_ids.append(token)
+                sample.columns.append(tuple(measured))
+                sample.versions.append(version)
+                stopped = self._stops(sample, token)
                 if stopped:
-                    done[seq] = stopped
+                    done[sample] = stopped
+        self.counters.sampled += len(sampled.tokens)
         self.scheduler.remove(set(done))
         for seq, (reason, stop) in done.items():
             self._finish(seq, reason, stop)

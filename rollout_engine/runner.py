@@ -71,40 +71,36 @@ class Runner:
         tables = np.zeros((len(lengths), max(len(chunk.seq.pages) for chunk in chunks)), dtype=np.int64)
         tables[len(chunks) :, 0] = self.kv_cache.spare_page
         tokens: list[int] = []
-        for row, chunk in enumerate(chunks):
-            tables[row, : len(chunk.seq.pages)] = chunk.seq.pages
-            tokens += chunk.seq.token_ids[chunk.start : chunk.end]
+        for row, (seq, start, end, _) in enumerate(chunks):
+            tables[row, : len(seq.pages)] = seq.pages
+            tokens += seq.token_ids[start:end]
         ctx = PagedAttention.from_pages(lengths, ends, tables, *self.kv_cache.storage(), exact=self.decoder.exact)
         return self._upload(np.array(tokens + [0] * padding, dtype=np.int64)), ctx
 
     def _draws(self, chunks: list[Chunk]) -> _Draws | None:
-        rows: list[int] = []
-        noise: list[tuple[int, int, int]] = []
-        filters: list[tuple[float, int, float, float]] = []
+        integers: list[tuple[int, int, int, int, int]] = []  # row of the hidden states, top-k, and the noise's counters
+        fractions: list[tuple[float, float, float]] = []
         bans: dict[int, list[int]] = {}
         row = -1
-        for chunk in chunks:
-            row += chunk.end - chunk.start
-            group, params = chunk.seq.group, chunk.seq.group.params
-            too_short = chunk.end - len(group.prompt_ids) < params.min_tokens
-            for sample in range(chunk.seq.index, chunk.seq.index + chunk.samples):
+        for seq, start, end, samples in chunks:
+            row += end - start
+            group, params = seq.group, seq.group.params
+            too_short = end - len(group.prompt_ids) < params.min_tokens
+            for sample in range(seq.index, seq.index + samples):
                 if too_short:
-                    bans[len(rows)] = list(group.stop_ids)
-                rows.append(row)
-                noise.append((group.seed, group.sample_ids[sample], chunk.end))
-                filters.append((params.temperature, params.top_k, params.top_p, params.min_p))
-        if not rows:
+                    bans[len(integers)] = list(group.stop_ids)
+                integers.append((row, params.top_k, group.seed, group.sample_ids[sample], end))
+                fractions.append((params.temperature, params.top_p, params.min_p))
+        if not integers:
             return None
-        pad = -len(rows) % ROW_MULTIPLE
-        integers = [
-            (row, top_k, *counters) for row, (_, top_k, _, _), counters in zip(rows, filters, noise, strict=True)
-        ]
-        fractions = [(heat, top_p, min_p) for heat, _, top_p, min_p in filters]
-        columns = self._upload(np.array(integers + integers[-1:] * pad, dtype=np.int64).T)
-        heat, top_p, min_p = self._upload(np.array(fractions + fractions[-1:] * pad, dtype=np.float32).T)
-        filtered = any(top_k > 0 or top_p < 1 or min_p > 0 for _, top_k, top_p, min_p in filters)
-        kept = (columns[1], top_p, min_p) if filtered else (None, None, None)
-        return _Draws(len(rows), columns[0], philox_uniform(*columns[2:]), heat, kept, bans)
+        count, pad = len(integers), -len(integers) % ROW_MULTIPLE
+        numbers = np.array(integers + integers[-1:] * pad, dtype=np.int64).T
+        heats, top_ps, min_ps = np.array(fractions + fractions[-1:] * pad, dtype=np.float32).T
+        index, top_k, *counters = self._upload(numbers)
+        heat, top_p, min_p = self._upload(np.stack([heats, top_ps, min_ps]))
+        filtered = bool(((numbers[1] > 0) | (top_ps < 1) | (min_ps > 0)).any())
+        filters = (top_k, top_p, min_p) if filtered else (None, None, None)
+        return _Draws(count, index, philox_uniform(*counters), heat, filters, bans)
 
     def _sample(self, hidden: Tensor, draws: _Draws) -> SampledTokens:
         chosen = hidden[draws.index]

@@ -10,23 +10,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from rollout_engine.block_manager import ROOT, BlockManager
 from rollout_engine.types import EngineStats, Sequence
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens ``start .. end`` of a sequence, to be forwarded in this step."""
 
     seq: Sequence
     start: int
     end: int
-
-    @property
-    def samples(self) -> int:
-        """How many next tokens to sample after it: 0 while the sequence is still catching up."""
-        return self.seq.num_samples if self.end == len(self.seq.token_ids) else 0
+    samples: int  # how many next tokens to sample after it: 0 while the sequence is still catching up
 
 
 @dataclass
@@ -124,6 +120,8 @@ class Scheduler:
         size = self.blocks.page_size
         first = seq.num_computed // size
         copy = first < len(seq.pages) and self.blocks.is_shared(seq.pages[first])
+        if not copy and end <= len(seq.pages) * size:
+            return True
         needed = self.blocks.pages_for(end) - len(seq.pages)
         if needed + copy > self.blocks.num_free:
             return False
@@ -136,7 +134,8 @@ class Scheduler:
         return True
 
     def _append(self, step: Schedule, seq: Sequence, end: int) -> None:
-        step.chunks.append(Chunk(seq, seq.num_computed, end))
+        samples = seq.num_samples if end == len(seq.token_ids) else 0
+        step.chunks.append(Chunk(seq, seq.num_computed, end, samples))
         if not self.prefix_caching:
             return
         size = self.blocks.page_size
@@ -147,12 +146,12 @@ class Scheduler:
 
     def commit(self, step: Schedule) -> None:
         """The forward of ``step`` has run: its tokens are computed."""
-        for chunk in step.chunks:
-            seq = chunk.seq
-            self.stats.forwarded += chunk.end - chunk.start
-            self.stats.recomputed += max(0, min(chunk.end, seq.num_once) - chunk.start)
-            seq.num_computed = chunk.end
-            seq.num_once = max(seq.num_once, chunk.end)
+        for seq, start, end, _ in step.chunks:
+            self.stats.forwarded += end - start
+            if start < seq.num_once:
+                self.stats.recomputed += min(end, seq.num_once) - start
+            seq.num_computed = end
+            seq.num_once = max(seq.num_once, end)
         self.stats.steps += 1
 
     def fork(self, seq: Sequence) -> list[Sequence]:
@@ -188,6 +187,8 @@ class Scheduler:
 
     def remove(self, finished: set[Sequence]) -> None:
         """Take sequences out, wherever they are."""
+        if not finished:
+            return
         for seq in finished:
             self._give_up_pages(seq)
         self.running = [seq for seq in self.running if seq not in finished]
