@@ -277,6 +277,7 @@ class LLM:
         for seq, _, _, samples in schedule.chunks:
             if not samples:
                 continue
+            self.counters.sampled += samples
             for sample in [seq] if seq.group.forked else self.scheduler.fork(seq):
                 token, *measured = next(columns)
                 sample.token_ids.append(token)
@@ -285,7 +286,6 @@ class LLM:
                 stopped = self._stops(sample, token)
                 if stopped:
                     done[sample] = stopped
-        self.counters.sampled += len(sampled.tokens)
         self.scheduler.remove(set(done))
         for seq, (reason, stop) in done.items():
             self._finish(seq, reason, stop)
