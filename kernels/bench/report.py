@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kernels.bench.case import LIMIT
+
 COLUMNS = ("op", "case", "error", "peers'", "ms", "rate", "of limit", "ratio", "best peer", "extra MB", "asked")
 WIDTHS = (18, 62, 9, 9, 9, 14, 10, 7, 27, 10, 0)
 
@@ -65,22 +67,25 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of each case's share of the machine's limit, with its ratio to the best peer written beside."""
+    """Bars of each case's share of the machine's limit, with its ratio to the best peer beside, and a mark where the
+    floor is that is asked of it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = list(reversed(report["cases"]))
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.35 * len(rows)))
+    figure, axes = pyplot.subplots(figsize=(7, 1 + 0.22 * len(rows)))
     axes.barh(range(len(rows)), [row["of_limit"] for row in rows], color="#4477aa")
-    axes.set_yticks(range(len(rows)), [f"{row['op']}: {row['case']}" for row in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), [f"{row['op']}: {row['case']}" for row in rows], fontsize=6)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("share of the machine's measured limit (copy bandwidth or matmul rate)")
-    axes.set_title(f"{report['device']}, {report['dtype']}", fontsize=9)
+    axes.margins(x=0.15, y=0.01)
+    axes.set_xlabel("share of the machine's measured limit (copy bandwidth or matmul rate)", fontsize=7)
+    axes.set_title(f"{report['device']}, {report['dtype']}, {report['date']}", fontsize=8)
     for i, row in enumerate(rows):
         if row["ratio"]:
-            axes.text(row["of_limit"] + 0.01, i, f"{row['ratio']:.2f} x {row['best_peer']}", va="center", fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+            axes.text(row["of_limit"] + 0.01, i, f"{row['ratio']:.2f} x {row['best_peer']}", va="center", fontsize=5)
+        if row["bars"] and row["bars"]["of"] == LIMIT:
+            axes.plot([row["bars"]["floor"]] * 2, [i - 0.4, i + 0.4], color="#cc3311", linewidth=1.5)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
