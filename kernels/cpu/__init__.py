@@ -24,6 +24,7 @@ __all__ = [
     "add_rms_norm",
     "attend_blocks",
     "attend_paged",
+    "geglu",
     "invariant_linear",
     "linear",
     "logits",
@@ -161,23 +162,32 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rope.apply(*args) if _needs_grad(x) else ops.rope(*args, 1.0)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return extension().swiglu(gate_up)
+        ctx.gelu = gelu
+        return extension().gated(gate_up, gelu)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return extension().swiglu_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        return extension().gated_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.gelu), None
+
+
+def _gated(gate_up: Tensor, gelu: bool) -> Tensor:
+    ops = _ops(gate_up)
+    if ops is None:
+        return reference.geglu(gate_up) if gelu else reference.swiglu(gate_up)
+    gate_up = gate_up.contiguous()
+    return _Gated.apply(gate_up, gelu) if _needs_grad(gate_up) else ops.gated(gate_up, gelu)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    ops = _ops(gate_up)
-    if ops is None:
-        return reference.swiglu(gate_up)
-    gate_up = gate_up.contiguous()
-    return _SwiGLU.apply(gate_up) if _needs_grad(gate_up) else ops.swiglu(gate_up)
+    return _gated(gate_up, gelu=False)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    return _gated(gate_up, gelu=True)
 
 
 def store_kv(

@@ -12,6 +12,9 @@
 
 namespace onpolicy {
 
+constexpr float kGeluLinear = 1.5957691216057308f;             // 2 sqrt(2 / pi)
+constexpr float kGeluCube = 0.044715f * 1.5957691216057308f;
+
 
 template <typename F>
 void for_rows(int64_t rows, int64_t width, const F& f) {
@@ -101,8 +104,17 @@ inline at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Ten
   return out;
 }
 
-// gate_up [T, 2I] -> silu(gate) * up [T, I].
-inline at::Tensor swiglu(const at::Tensor& gate_up) {
+// Of SiLU, gate * sigmoid(z) with z = gate; and of GELU in its tanh form, which is the same with another z.
+inline Vec sigmoid_argument(Vec gate, bool gelu) {
+  return gelu ? gate * (Vec(kGeluLinear) + Vec(kGeluCube) * (gate * gate)) : gate;
+}
+
+inline Vec sigmoid_slope(Vec gate, bool gelu) {  // dz / dgate
+  return gelu ? Vec(kGeluLinear) + Vec(3 * kGeluCube) * (gate * gate) : Vec(1.f);
+}
+
+// gate_up [T, 2I] -> silu(gate) * up [T, I], or gelu(gate) * up.
+inline at::Tensor gated(const at::Tensor& gate_up, bool gelu) {
   const int64_t width = gate_up.size(1) / 2;
   at::Tensor out = at::empty({gate_up.size(0), width}, gate_up.options());
   const float* from = gate_up.const_data_ptr<float>();
@@ -110,8 +122,8 @@ inline at::Tensor swiglu(const at::Tensor& gate_up) {
   for_rows(gate_up.size(0), width, [&](int64_t row) {
     const float *gate = from + 2 * row * width, *up = gate + width;
     for_columns(width, [&](int64_t i, int64_t n) {
-      const Vec g = Vec::loadu(gate + i, n);
-      ((g / (Vec(1.f) + g.neg().exp())) * Vec::loadu(up + i, n)).store(to + row * width + i, n);
+      const Vec g = Vec::loadu(gate + i, n), z = sigmoid_argument(g, gelu);
+      ((g / (Vec(1.f) + z.neg().exp())) * Vec::loadu(up + i, n)).store(to + row * width + i, n);
     });
   });
   return out;
@@ -154,8 +166,8 @@ inline std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& dy
   return {dx, parts.sum(0)};
 }
 
-// Gradient of swiglu, through 1 / (1 + exp(-gate)).
-inline at::Tensor swiglu_backward(const at::Tensor& dy, const at::Tensor& gate_up) {
+// Gradient of gated, through 1 / (1 + exp(-z)).
+inline at::Tensor gated_backward(const at::Tensor& dy, const at::Tensor& gate_up, bool gelu) {
   const int64_t width = gate_up.size(1) / 2;
   at::Tensor out = at::empty(gate_up.sizes(), gate_up.options());
   const float *from = gate_up.const_data_ptr<float>(), *upstream = dy.const_data_ptr<float>();
@@ -165,9 +177,10 @@ inline at::Tensor swiglu_backward(const at::Tensor& dy, const at::Tensor& gate_u
     float *dgate = to + 2 * row * width, *dup = dgate + width;
     for_columns(width, [&](int64_t i, int64_t n) {
       const Vec g = Vec::loadu(gate + i, n), d = Vec::loadu(upstream + row * width + i, n);
-      const Vec sig = Vec(1.f) / (Vec(1.f) + g.neg().exp()), act = g * sig;
+      const Vec sig = Vec(1.f) / (Vec(1.f) + sigmoid_argument(g, gelu).neg().exp()), act = g * sig;
       (d * act).store(dup + i, n);
-      ((act * (Vec(1.f) - sig) + sig) * Vec::loadu(up + i, n) * d).store(dgate + i, n);
+      const Vec slope = act * (Vec(1.f) - sig) * sigmoid_slope(g, gelu) + sig;
+      (slope * Vec::loadu(up + i, n) * d).store(dgate + i, n);
     });
   });
   return out;

@@ -16,14 +16,14 @@ TORCH_LIBRARY(onpolicy, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool offset) -> (Tensor, Tensor)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool offset) -> (Tensor, Tensor, Tensor)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor");
-  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("gated(Tensor gate_up, bool gelu) -> Tensor");
   m.def(
       "attend_backward(Tensor dout, Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor out, Tensor lse, Tensor queries, "
       "Tensor contexts, Tensor tables, float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor inv, bool offset, Tensor? dsum) "
       "-> (Tensor, Tensor)");
-  m.def("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor");
+  m.def("gated_backward(Tensor dy, Tensor gate_up, bool gelu) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("philox_uniform(Tensor seed, Tensor sample_id, Tensor position) -> Tensor");
   m.def("draw(Tensor z, Tensor logp, Tensor temperature, Tensor uniform) -> (Tensor, Tensor, Tensor)");
@@ -35,10 +35,10 @@ TORCH_LIBRARY_IMPL(onpolicy, CPU, m) {
   m.impl("rms_norm", onpolicy::rms_norm);
   m.impl("add_rms_norm", onpolicy::add_rms_norm);
   m.impl("rope", onpolicy::rope);
-  m.impl("swiglu", onpolicy::swiglu);
+  m.impl("gated", onpolicy::gated);
   m.impl("attend_backward", onpolicy::attend_backward);
   m.impl("rms_norm_backward", onpolicy::rms_norm_backward);
-  m.impl("swiglu_backward", onpolicy::swiglu_backward);
+  m.impl("gated_backward", onpolicy::gated_backward);
   m.impl("linear", onpolicy::linear);
   m.impl("philox_uniform", onpolicy::philox_uniform);
   m.impl("draw", onpolicy::draw);

@@ -144,6 +144,7 @@ ELEMENTWISE = {
     "add_rms_norm": lambda ops, x: list(ops.add_rms_norm(x, x.flip(1), normal(x.shape[1], seed=5), 1e-5)),
     "rope": lambda ops, x: [ops.rope(x.view(len(x), 2, -1), *rotation(x, x.shape[1] // 4))],
     "swiglu": lambda ops, x: [ops.swiglu(x)],
+    "geglu": lambda ops, x: [ops.geglu(x)],
 }
 
 
@@ -188,10 +189,11 @@ def test_a_slice_of_fused_heads_needs_no_copy() -> None:
     assert torch.equal(cpu.rope(q, cos, sin), cpu.rope(q.contiguous(), cos, sin))
 
 
+@pytest.mark.parametrize("op", ["swiglu", "geglu"])
 @pytest.mark.parametrize("gate", [-200.0, -89.0, 0.0, 89.0, math.inf, -math.inf, math.nan])
-def test_swiglu_at_the_ends_of_the_range(gate: float) -> None:
+def test_gates_at_the_ends_of_the_range(gate: float, op: str) -> None:
     x = torch.tensor([[gate, 1.0] * 8]).view(1, 8, 2).transpose(1, 2).reshape(1, 16)
-    torch.testing.assert_close(cpu.swiglu(x), reference.swiglu(x), equal_nan=True)
+    torch.testing.assert_close(getattr(cpu, op)(x), getattr(reference, op)(x), equal_nan=True)
 
 
 # ---------------------------------------------------------------- sampling
