@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def default_device() -> torch.device:
     """cuda where torch sees one, else cpu."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU's tensor on a device; on a GPU through pinned memory, without waiting for what the GPU is at."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def collective_backend() -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.device import upload
 from rlhf.types import Batch, Trajectory
 from rollout_engine.models.context import PackedAttention
 
@@ -123,14 +124,14 @@ def forward_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Te
     """
     scored, inputs = _inputs(model, batch)
     device = inputs[0].device
-    logprobs, entropy = model(*inputs, batch.tokens[scored].to(device), batch.temperature[scored].to(device))
-    return scored.to(device), logprobs, entropy
+    targets, heat = upload(batch.tokens[scored], device), upload(batch.temperature[scored], device)
+    return upload(scored, device), *model(*inputs, targets, heat)
 
 
 def forward_values(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The scalar decoder's number before each trained token: (index [R] of those in the batch, values [R])."""
     scored, inputs = _inputs(model, batch)
-    return scored.to(inputs[0].device), model(*inputs)
+    return upload(scored, inputs[0].device), model(*inputs)
 
 
 def _inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, tuple[Tensor, PackedAttention, Tensor]]:
@@ -146,7 +147,7 @@ def _rows_of(model: nn.Module, shared: SharedPrefixes, index: Tensor) -> tuple[T
     ctx = PackedAttention.from_lengths(
         shared.lengths, device, num_own=shared.num_own, source=shared.source, exact=bool(model.exact)
     )
-    return shared.tokens.to(device), ctx, shared.row_of[index].to(device)
+    return upload(shared.tokens, device), ctx, upload(shared.row_of[index], device)
 
 
 def forward_scores(

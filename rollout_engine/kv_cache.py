@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.device import upload
 from rollout_engine.models.config import DecoderConfig
 
 GIB = 1 << 30
@@ -35,7 +36,7 @@ class KVCache:
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to)."""
-        source, target = torch.tensor(pairs, device=self.k.device).T
+        source, target = upload(torch.tensor(pairs).T, self.k.device)
         for cache in (self.k, self.v):
             cache[:, target] = cache[:, source]
 

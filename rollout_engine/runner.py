@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import SampledTokens, philox_uniform, sample_tokens
+from kernels.device import upload
 from kernels.dispatch import uses_triton
 from rollout_engine.kv_cache import KVCache
 from rollout_engine.models.context import PagedAttention
@@ -19,7 +20,7 @@ from rollout_engine.scheduler import Chunk, Schedule
 if TYPE_CHECKING:
     from rollout_engine.decode_graphs import DecodeGraphs
 
-SAMPLER_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of one [rows, vocabulary] fp32 block: 64 MiB, 1 GiB
+SAMPLER_ELEMENTS = 1 << 24  # of one [rows, vocabulary] fp32 block: 64 MiB; on a GPU 16 times as much
 ROW_MULTIPLE = 8
 
 
@@ -28,7 +29,7 @@ class _Draws:
     """The tokens to draw after a step's forward, and as many copies of the last as fill up the rows."""
 
     count: int  # without those copies
-    index: Tensor  # [R] row of the hidden states, as all tensors on the device
+    index: Tensor  # [R] row of the hidden states; on the device, as the others
     uniform: Tensor  # [R]
     heat: Tensor  # [R] temperatures
     filters: tuple[Tensor | None, Tensor | None, Tensor | None]  # top-k, top-p, min-p [R]; None without any
@@ -87,7 +88,7 @@ class Runner:
             group, params = seq.group, seq.group.params
             too_short = end - len(group.prompt_ids) < params.min_tokens
             for sample in range(seq.index, seq.index + samples):
-                if too_short:
+                if too_short and group.stop_ids:
                     bans[len(integers)] = list(group.stop_ids)
                 integers.append((row, params.top_k, group.seed, group.sample_ids[sample], end))
                 fractions.append((params.temperature, params.top_p, params.min_p))
@@ -104,7 +105,7 @@ class Runner:
 
     def _sample(self, hidden: Tensor, draws: _Draws) -> SampledTokens:
         chosen = hidden[draws.index]
-        elements = SAMPLER_ELEMENTS.get(self.device.type, SAMPLER_ELEMENTS["cpu"])
+        elements = SAMPLER_ELEMENTS * (16 if self.device.type == "cuda" else 1)
         width = max(ROW_MULTIPLE, elements // self.decoder.config.vocab_size // ROW_MULTIPLE * ROW_MULTIPLE)
         parts = []
         for begin in range(0, len(chosen), width):
@@ -126,10 +127,7 @@ class Runner:
         return SampledTokens(*[column[: draws.count] for column in columns])
 
     def _upload(self, numbers: np.ndarray) -> Tensor:
-        """On the device, without waiting for what it is at."""
-        held = torch.from_numpy(np.ascontiguousarray(numbers))
-        held = held.pin_memory() if self.device.type == "cuda" else held
-        return held.to(self.device, non_blocking=True)
+        return upload(torch.from_numpy(np.ascontiguousarray(numbers)), self.device)
 
     def _rescored(self, found: SampledTokens, hidden: Tensor, heat: Tensor) -> SampledTokens:
         """The same tokens with the log-probs and entropies that the trainer will compute for them."""

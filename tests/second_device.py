@@ -2,7 +2,7 @@
 
 Inside :func:`second_device`, ``torch.device("meta")`` has memory. Its tensors hold CPU tensors and compute what those
 would, to the bit, but an op refuses to mix them with the CPU's, numpy doesn't read them, and what makes the host wait
-for the device (``.item()``, ``.tolist()``, ``nonzero``) is counted, and so is what is sent there.
+for the device (``.item()``, ``.tolist()``, ``nonzero``, a blocking copy) is counted, and so is what is sent there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)  # between the two devices
-WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default)
+WAITS = (
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default,
+    aten.bincount.default, aten._unique2.default, aten.repeat_interleave.Tensor,
+)  # fmt: skip
 
 
 class Elsewhere(Tensor):
@@ -75,8 +78,9 @@ class Visits(TorchDispatchMode):
         strangers = [x for x in inputs if not isinstance(x, Elsewhere) and x.dim() > 0]
         if strangers and func not in COPIES:
             raise RuntimeError(f"{func}: a tensor {list(strangers[0].shape)} on the CPU among others on a device")
-        self.waits += bool(here) and (func in WAITS or (func in COPIES and not there))
-        self.uploads += func in COPIES and there and bool(strangers)
+        sent = func in COPIES and there and bool(strangers)
+        self.uploads += sent
+        self.waits += (sent and not asynchronous(func, args, kwargs)) or (bool(here) and waits(func, args, there))
         held, options = tree_map(lambda x: x.held if isinstance(x, Elsewhere) else x, (args, kwargs))
         if "device" in options:
             options["device"] = torch.device("cpu")
@@ -84,6 +88,18 @@ class Visits(TorchDispatchMode):
         if not there:
             return args[0] if func is aten.copy_.default else found
         return return_and_correct_aliasing(func, args, kwargs, tree_map(_moved, found))
+
+
+def asynchronous(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy says that nobody need wait for it."""
+    return bool(kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+
+
+def waits(func: Any, args: Any, there: bool) -> bool:
+    """Whether the host learns from an op what the device computed: numbers, or the size of a result."""
+    if func in (aten.index.Tensor, aten.index_put_.default):
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return func in WAITS or (func in COPIES and not there)
 
 
 def _moved(x: Any) -> Any:

@@ -96,7 +96,7 @@ def with_gradient(make: Callable[[int], Tensors], shape: tuple[int, ...], learnt
     return run
 
 
-def compiled(op: Op, device: torch.device) -> dict[str, Op]:
+def compiled(op: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
     """The plain form through torch.compile, where that needs no C++ compiler."""
     if device.type != "cuda":
         return {}

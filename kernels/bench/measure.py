@@ -47,15 +47,17 @@ def measured(case: Case, device: torch.device, reached: Limits, budget_s: float)
 
 
 def bars(case: Case, times: dict[str, float], reached: Limits) -> dict[str, Any] | None:
-    """What was asked of a case, and what it reached; None where nothing was, or the peer refused."""
-    if case.bar is None or (case.bar.of != LIMIT and case.bar.of not in times):
+    """What was asked of a case, None if nothing, and what it reached, None if the peer refused."""
+    if case.bar is None:
         return None
-    theirs = reached.seconds(case.bytes, case.flops) if case.bar.of == LIMIT else times[case.bar.of]
-    return {**vars(case.bar), "reached": theirs / times["ours"] / case.bar.unit, "extra_bytes": case.extra_bytes}
+    theirs = reached.seconds(case.bytes, case.flops) if case.bar.of == LIMIT else times.get(case.bar.of)
+    share = None if theirs is None else theirs / times["ours"] / case.bar.unit
+    return {**vars(case.bar), "reached": share, "extra_bytes": case.extra_bytes}
 
 
 def error(case: Case, op: Op, inputs: Tensors) -> float:
     """Largest, against float64, in units of the largest true value."""
+    inputs = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)  # some ops write into them
     found = case.shown(inputs, case.result(op, inputs)[0])[: case.rows].detach().double()
     cut = [t[: case.rows] if i in case.cut else t for i, t in enumerate(inputs)]
     wide = tuple(

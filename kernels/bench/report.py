@@ -35,10 +35,12 @@ def asked(row: dict[str, Any]) -> str:
     bars = row["bars"]
     if bars is None:
         return "-"
-    verdict = "aim reached" if bars["reached"] >= bars["aim"] else "floor reached"
-    if bars["reached"] < bars["floor"]:
-        verdict = "MISSED"
-    text = f"{bars['reached']:.2f} of {bars['of']}, floor {bars['floor']:.2f}, aim {bars['aim']:.2f}: {verdict}"
+    reached, wanted = bars["reached"], f"{bars['of']}, floor {bars['floor']:.2f}, aim {bars['aim']:.2f}"
+    if reached is None:
+        text = f"of {wanted}: not judged, it refused"
+    else:
+        verdict = "aim reached" if reached >= bars["aim"] else "floor reached" if reached >= bars["floor"] else "MISSED"
+        text = f"{reached:.2f} of {wanted}: {verdict}"
     if bars["extra_bytes"] is not None and row["extra_bytes"] > bars["extra_bytes"]:
         text += f"; memory MISSED, {bars['extra_bytes'] / 1e6:.0f} MB at most"
     return text
@@ -62,8 +64,14 @@ def markdown(report: dict[str, Any]) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
         *("| " + " | ".join(cells(row)) + " |" for row in report["cases"]),
+        "",
+        *(
+            f"{row['op']}, {row['case']}: {peer} refused, {why}\n"
+            for row in report["cases"]
+            for peer, why in row["refused"].items()
+        ),
     ]
-    return "\n".join(text) + "\n"
+    return "\n".join(text).rstrip() + "\n"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

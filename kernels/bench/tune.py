@@ -1,9 +1,9 @@
 """``python -m kernels.bench.tune [op ...] [--write]``: the fastest tiles on this GPU, by trying.
 
-Of every tile that a case of the bench asks for, one number at a time is replaced by those of
-``kernels.triton.tables.CHOICES``. What is over 2 % faster than the best so far, and no less right, stays.
-``--write`` puts what was found into ``kernels/triton/tables/``, where the kernels read it from then on. A trial takes
-seconds, since a kernel is compiled for each.
+Of every tile that cases of the bench ask for, one number at a time is replaced by those of
+``kernels.triton.tables.CHOICES``. What is over 2 % faster in all, slower in none of its cases, and gives what the
+formula's tile gives, up to rounding, stays. ``--write`` puts it into ``kernels/triton/tables/``, where the kernels read
+it from then on. A trial takes seconds, since a kernel is compiled for each.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from triton.errors import TritonError
 
 from kernels.bench.__main__ import FAMILIES, chosen, write
 from kernels.bench.case import Case
-from kernels.bench.measure import error
 from kernels.bench.timing import input_sets, seconds
 from kernels.device import default_device
 from kernels.triton import tables
 
-GAIN = 0.98  # of the best time so far, at most
-Timed = Callable[[Case], tuple[float, float]]  # seconds and error
+GAIN = 0.98  # of the time of all cases of a tile, at most
+LOSS = 1.01  # of the time of any
+ROUNDING = 0.02  # of the largest value
+Timed = Callable[[Case], float]  # seconds; infinity for what is wrong
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,46 +41,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type != "cuda":
         parser.error("tiles are tuned on a GPU, and there is none here")
     name = tables.device_name(device)
-    for case in chosen(args.ops or list(FAMILIES), device, torch.bfloat16):
-        inputs = input_sets(case.make, device)
-
-        def timed(case: Case, inputs: list[Any] = inputs) -> tuple[float, float]:
-            calls = [case.call(case.ours, given) for given in inputs]
-            return seconds(calls, device, args.budget), error(case, case.ours, inputs[0])
-
-        for said in tune(case, tables.table(name), timed):
-            print(f"{case.op}, {case.label}: {said}", flush=True)
+    for key, cases in by_tile(list(chosen(args.ops or list(FAMILIES), device, torch.bfloat16))).items():
+        print(tune(key, cases, tables.table(name), Timer(cases, device, args.budget)), flush=True)
         if args.write:
             save(name)
     return 0
 
 
-def tune(case: Case, table: dict[tables.Key, dict[str, int]], timed: Timed) -> list[str]:
-    """Put into ``table`` what makes a case faster; what was found, in words."""
-    tables.asked.clear()
-    best, wrong = timed(case)
-    found = []
-    for key, formula in list(tables.asked.items()):
-        before = best
-        for field, values in tables.CHOICES[key[0]].items():
-            for value in values:
-                kept = table.get(key, {})
-                if value == kept.get(field, getattr(formula, field)):
-                    continue
-                table[key] = kept | {field: value}
-                try:
-                    took, error_now = timed(case)
-                except (TritonError, RuntimeError):  # more than a multiprocessor has
-                    took, error_now = float("inf"), 0.0
-                if took < GAIN * best and error_now <= 2 * wrong:
-                    best = took
-                else:
-                    table[key] = kept
-        if not table.get(key):
-            table.pop(key, None)
-        if best < before:
-            found.append(f"{' '.join(key)} with {table[key]}: {1e3 * before:.3f} -> {1e3 * best:.3f} ms")
+def by_tile(cases: Sequence[Case]) -> dict[tables.Key, list[Case]]:
+    """The cases that ask for a tile."""
+    found: dict[tables.Key, list[Case]] = {}
+    for case in cases:
+        tables.forget()
+        case.result(case.ours, case.make(0))
+        for key in tables.asked:
+            found.setdefault(key, []).append(case)
     return found
+
+
+class Timer:
+    """Times of cases, for as long as they give what they gave at first."""
+
+    def __init__(self, cases: Sequence[Case], device: torch.device, budget_s: float) -> None:
+        self.device, self.budget_s = device, budget_s
+        self.inputs = {case.label: input_sets(case.make, device) for case in cases}
+        self.wanted = {case.label: case.result(case.ours, self.inputs[case.label][0]) for case in cases}
+
+    def __call__(self, case: Case) -> float:
+        inputs, wanted = self.inputs[case.label], self.wanted[case.label]
+        for found, right in zip(case.result(case.ours, inputs[0]), wanted, strict=True):
+            if not (found.double() - right.double()).abs().max() <= ROUNDING * right.double().abs().max():
+                return float("inf")
+        return seconds([case.call(case.ours, given) for given in inputs], self.device, self.budget_s)
+
+
+def tune(key: tables.Key, cases: Sequence[Case], table: dict[tables.Key, dict[str, int]], timed: Timed) -> str:
+    """Put into ``table`` the tile that serves the cases best; what was found, in words."""
+
+    def times() -> list[float]:
+        tables.forget()
+        return [timed(case) for case in cases]
+
+    best = first = times()
+    formula = tables.asked[key]
+    for field, values in tables.CHOICES[key[0]].items():
+        for value in values:
+            kept = table.get(key, {})
+            if value == kept.get(field, getattr(formula, field)):
+                continue
+            table[key] = kept | {field: value}
+            try:
+                took = times()
+            except (TritonError, RuntimeError):  # more than a multiprocessor has
+                took = [float("inf")]
+            if sum(took) < GAIN * sum(best) and all(a <= LOSS * b for a, b in zip(took, best, strict=True)):
+                best = took
+            else:
+                table[key] = kept
+    tables.forget()
+    tile = table[key] if table.get(key) else table.pop(key, {})
+    changed = ", ".join(f"{field} {value}" for field, value in tile.items()) or "as the formula has it"
+    return f"{' '.join(key)}, {len(cases)} cases: {changed}; {1e3 * sum(first):.3f} -> {1e3 * sum(best):.3f} ms"
 
 
 def save(name: str) -> None:

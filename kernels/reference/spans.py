@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device import upload
+
 
 @dataclass(frozen=True, eq=False)
 class Spans:
@@ -28,12 +30,12 @@ class Spans:
     def bounds(self) -> Tensor:
         """[N + 1] int32 on the device, from 0 to the total: sequence i has rows bounds[i] .. bounds[i + 1]."""
         bounds = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int32)
-        return torch.from_numpy(bounds).to(self.device)
+        return upload(torch.from_numpy(bounds), self.device)
 
     @cached_property
     def lengths(self) -> Tensor:
         """[N] int64 on the device."""
-        return torch.from_numpy(self.sizes).to(self.device)
+        return upload(torch.from_numpy(self.sizes), self.device)
 
     @cached_property
     def longest(self) -> int:
@@ -56,5 +58,5 @@ class Spans:
             first = (np.arange(len(seq)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
             work = first if heaviest == "last" else self.sizes[seq] - first
             tiles = np.stack([seq, first], 1)[np.argsort(-work, kind="stable")].astype(np.int32)
-            self._tiles[key] = torch.from_numpy(tiles).to(self.device)
+            self._tiles[key] = upload(torch.from_numpy(tiles), self.device)
         return self._tiles[key]

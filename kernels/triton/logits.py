@@ -18,7 +18,7 @@ from kernels.dispatch import warn_once
 from kernels.reference.dense import linear
 from kernels.reference.logprobs import Product
 from kernels.triton.elementary import LOG2E, LOWEST
-from kernels.triton.tables import chosen
+from kernels.triton.tables import cached, chosen
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,20 +39,23 @@ class Form(NamedTuple):
 
 def form_of(weight: Tensor) -> Form:
     """The form for a head [V, H]: by its shape and dtype, never by the number of rows, so that a row's bits don't
-    depend on its company.
+    depend on its company."""
+    return _form(weight.shape[0], weight.shape[1], weight.dtype, weight.device)
 
-    The 16-bit tile is the largest that neither spills nor exceeds shared memory. Loads of an H that its depth doesn't
-    divide need masks, and a smaller tile; fp32 goes without tensor cores. The fused backward saves 8 bytes of traffic
-    per logit, 1.9 ps on an H200 (4.3 TB/s); at three quarters of cuBLAS' speed (790 TFLOP/s) its product takes 0.84 fs
-    times H longer. It should win below H = 2200, where rows of logits are aligned: an estimate, not a timing.
+
+@cached
+def _form(vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Form:
+    """The 16-bit tile is the largest that neither spills nor exceeds shared memory. Loads of an H that its depth
+    doesn't divide need masks, and a smaller tile; fp32 goes without tensor cores. The fused backward saves 8 bytes of
+    traffic per logit, 1.9 ps on an H200 (4.3 TB/s); at three quarters of cuBLAS' speed (790 TFLOP/s) its product takes
+    0.84 fs times H longer. It should win below H = 2200, where rows of logits are aligned: an estimate, not a timing.
     """
-    vocabulary, width = weight.shape
-    if weight.dtype == torch.float32:
+    if dtype == torch.float32:
         return Form(64, 128, 16, warps=8, stages=3, fused_backward=False)
     fused = width <= 2048 and vocabulary % 16 == 0
     if width % 64:
         return Form(128, 128, 32, warps=8, stages=3, fused_backward=fused)
-    return chosen(weight.device, Form(128, 256, 64, warps=8, stages=3, fused_backward=fused), "head", weight.dtype)
+    return chosen(device, Form(128, 256, 64, warps=8, stages=3, fused_backward=fused), "head", dtype)
 
 
 @triton.jit

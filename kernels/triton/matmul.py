@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.triton.inputs import left_to_torch, require
-from kernels.triton.tables import chosen
+from kernels.triton.tables import cached, chosen
 
 
 @triton.jit
@@ -93,6 +93,7 @@ LARGEST = Tile(256, 128, 64, warps=8, stages=4)
 FP32 = Tile(64, 32, 32, warps=4, stages=3)  # no tensor cores: one tile for all
 
 
+@cached
 def tile_for(tokens: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """``k`` depends on ``in_features`` and dtype alone, so that a sum is divided alike for any number of tokens."""
     limit = next((limit for limit in BUCKETS if tokens <= limit), None)

@@ -34,7 +34,7 @@ from kernels.triton.ragged import (
     store_rows,
     whole_heads,
 )
-from kernels.triton.tables import chosen
+from kernels.triton.tables import cached, chosen
 from kernels.triton.tiles import head_block
 
 MAX_HEAD_DIM = 256
@@ -95,6 +95,7 @@ def _packed_attention_kernel(
     tl.store(lse + (row + m) * HEADS + head, peak * log2_scale + tl.log2(mass), mask=m < rows)
 
 
+@cached
 def _tile(dtype: torch.dtype, dim: int, device: torch.device) -> Tile:
     """Two stages of 64 keys of the widest heads fill the shared memory; eight warps, since four spill."""
     if dtype == torch.float32:

@@ -27,7 +27,7 @@ from kernels.triton.ragged import (
     store_rows,
     whole_heads,
 )
-from kernels.triton.tables import chosen
+from kernels.triton.tables import cached, chosen
 from kernels.triton.tiles import head_block
 
 
@@ -144,6 +144,7 @@ def _packed_attention_dkv_kernel(
         store_rows(dv + kv_head * DIM, dv_tile, row, width, rows, DIM, BLOCK_D)
 
 
+@cached
 def _query_tile(dtype: torch.dtype, dim: int, device: torch.device) -> Tile:
     """Of dQ: as tall as the forward's; three products in place of two leave fewer stages."""
     if dtype == torch.float32:
@@ -152,6 +153,7 @@ def _query_tile(dtype: torch.dtype, dim: int, device: torch.device) -> Tile:
     return chosen(device, tile, "packed_dq", dtype, head_block(dim))
 
 
+@cached
 def _key_tile(dtype: torch.dtype, dim: int, device: torch.device) -> Tile:
     """Of dK and dV, two accumulators as wide as a head: the most that compiles without spilling."""
     if dtype == torch.float32:

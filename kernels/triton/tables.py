@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -27,8 +28,24 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
 
 Key = tuple[str, ...]  # an op of CHOICES, and what its tile depends on
 Tile = TypeVar("Tile", bound=Any)  # a NamedTuple
+Choice = TypeVar("Choice", bound=Callable[..., Any])
 
-asked: dict[Key, Any] = {}  # every tile that this process has asked for, as the formula has it: the tuner's list
+asked: dict[Key, Any] = {}  # every tile that was asked for since the last :func:`forget`, as the formula has it
+_caches: list[Any] = []
+
+
+def cached(choice: Choice) -> Choice:
+    """A function that chooses a tile, its results kept until :func:`forget`."""
+    kept = functools.cache(choice)
+    _caches.append(kept)
+    return cast(Choice, kept)
+
+
+def forget() -> None:
+    """Choose anew: a table has changed."""
+    asked.clear()
+    for kept in _caches:
+        kept.cache_clear()
 
 
 @functools.cache

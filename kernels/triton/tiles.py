@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kernels.triton.tables import chosen
+from kernels.triton.tables import cached, chosen
 
 INTERPRETED_MULTIPROCESSORS = 4
 
@@ -67,6 +67,7 @@ def head_block(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+@cached
 def attention_tiles(
     group: int, head_dim: int, dtype: torch.dtype, quantised: bool, device: torch.device
 ) -> tuple[AttentionTile, ...]:

@@ -9,22 +9,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from rlhf import config
 from rlhf.cluster import Role
 from rlhf.cluster.watchdog import Watchdog
-from rlhf.cluster.worker import Rendezvous, hide_gpus, set_rendezvous, set_threads
+from rlhf.cluster.worker import Rendezvous, set_rendezvous, set_threads
 
 log = logging.getLogger(__name__)
 
 
 class LocalCluster:
     """A call that takes longer than ``cluster.timeout_s`` leaves its stacks in ``local.phase``, and goes on: nobody is
-    there to end it."""
+    there to end it.
+
+    Raises ValueError where ``cluster.gpus`` is 0 and there is a GPU, which roles would use.
+    """
 
     def __init__(self, section: config.Cluster, log_folder: Path) -> None:
         self.section = section
-        if not section.gpus:
-            hide_gpus()
+        if torch.cuda.is_available() and not section.gpus:
+            raise ValueError(
+                "cluster.kind=local with cluster.gpus=0 would use this machine's GPU: set cluster.gpus=1, or leave it "
+                "alone by CUDA_VISIBLE_DEVICES="
+            )
         set_threads(section.threads)
         set_rendezvous(Rendezvous.here())
         log_folder.mkdir(parents=True, exist_ok=True)

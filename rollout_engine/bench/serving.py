@@ -101,19 +101,20 @@ def decode(shape: str, batches: Sequence[int], *, device: torch.device, tokens: 
             rng = random.Random(batch)
             prompts = [[rng.randrange(1, vocabulary) for _ in range(tokens)] for _ in range(batch)]
 
-            def seconds(length: int, prompts: list[list[int]] = prompts, llm: LLM = llm) -> float:
-                started = time.perf_counter()
-                llm.generate(
-                    [{"prompt_token_ids": ids} for ids in prompts], SamplingParams(max_tokens=length, ignore_eos=True)
-                )
-                return time.perf_counter() - started
-
-            seconds(tokens)
+            _seconds(llm, prompts, tokens)
             # Without the prompts' step, whose answer to a length of 1 is the time.
-            spent = min(seconds(tokens) for _ in range(2)) - min(seconds(1) for _ in range(2))
+            whole, first = (min(_seconds(llm, prompts, length) for _ in range(2)) for length in (tokens, 1))
+            spent = whole - first
             rates.setdefault(str(batch), {})["graphs" if graphs else "eager"] = batch * (tokens - 1) / spent
-        del llm
     return {"shape": shape, "tokens": tokens, "tokens_per_s": rates}
+
+
+def _seconds(llm: LLM, prompts: list[list[int]], length: int) -> float:
+    """To answer all prompts with as many tokens."""
+    started = time.perf_counter()
+    params = SamplingParams(max_tokens=length, ignore_eos=True)
+    llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+    return time.perf_counter() - started
 
 
 def decode_table(found: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from kernels import (
     rope,
     rope_store,
 )
+from kernels.device import upload
 from kernels.dispatch import uses_triton
 from kernels.reference import Spans
 from kernels.torch_attention import varlen_attention
@@ -118,7 +119,7 @@ class PackedAttention:
         use_fused = _torch_attends(device) if fused is None else fused
 
         def tensor(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x).to(device)
+            return upload(torch.from_numpy(x), device)
 
         return cls(
             tensor(_rows_and_positions(own, lens)[1]),
@@ -167,7 +168,7 @@ class PagedAttention:
         device, size = k_cache.device, k_cache.shape[3]
 
         def slots_of(rows: np.ndarray, positions: np.ndarray) -> Tensor:
-            return torch.from_numpy(tables[rows, positions // size] * size + positions % size).to(device)
+            return upload(torch.from_numpy(tables[rows, positions // size] * size + positions % size), device)
 
         rows, positions = _rows_and_positions(lengths, ends)
         per_page = size // KV_BLOCK
@@ -177,7 +178,7 @@ class PagedAttention:
         if _torch_attends(device) if fused is None else fused:
             spans = (Spans.of(lengths, device), Spans.of(ends, device))
             context_slots = slots_of(*_rows_and_positions(ends, ends))
-        new = torch.from_numpy(positions).to(device)
+        new = upload(torch.from_numpy(positions), device)
         return cls(new, slots_of(rows, positions), k_cache, v_cache, plans, spans, context_slots)
 
     def attend(

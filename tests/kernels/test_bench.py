@@ -78,15 +78,19 @@ def bars(bar: Bar | None, times: dict[str, float], **case: Any) -> dict[str, Any
 
 def test_what_was_asked_and_reached() -> None:
     assert bars(None, {"ours": 1.0}) is None
-    assert bars(Bar(0.5, 0.9, "cuDNN"), {"ours": 1.0}) is None  # which refused
+    refused = bars(Bar(0.5, 0.9, "cuDNN"), {"ours": 1.0})
+    assert refused is not None and refused["reached"] is None
     of_limit = bars(Bar(0.7, 0.9), {"ours": 2.5})  # 8 bytes take 2 s at best
     assert of_limit is not None and of_limit["reached"] == pytest.approx(0.8)
     gain = bars(Bar(0.9, 0.95, "apart", unit=4.0), {"ours": 1.0, "apart": 3.0})
     assert gain is not None and gain["reached"] == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize("reached, verdict", [(0.69, "MISSED"), (0.7, "floor reached"), (0.9, "aim reached")])
-def test_verdicts(reached: float, verdict: str) -> None:
+VERDICTS = [(0.69, "MISSED"), (0.7, "floor reached"), (0.9, "aim reached"), (None, "not judged, it refused")]
+
+
+@pytest.mark.parametrize("reached, verdict", VERDICTS)
+def test_verdicts(reached: float | None, verdict: str) -> None:
     row = {"bars": {"of": "limit", "floor": 0.7, "aim": 0.9, "reached": reached, "extra_bytes": 1e9}}
     assert asked(row | {"extra_bytes": 10**9}).endswith(verdict)
     assert asked(row | {"extra_bytes": 10**9 + 1}).endswith("memory MISSED, 1000 MB at most")

@@ -70,23 +70,31 @@ def dtype() -> torch.dtype:
 def model(device: torch.device, dtype: torch.dtype) -> Model:
     hf = Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, max_position_embeddings=128,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, max_position_embeddings=512,
     )  # fmt: skip
     decoder = Decoder(qwen3.decoder_config(hf), VOCAB)
     decoder.init_weights(0, std=0.1)
     return Model(decoder.to(dtype).to(device), hf, None, (0,))
 
 
-def answers(model: Model, record: Recorder | None = None, **settings: object) -> list[RequestOutput]:
+def engine(model: Model, record: Recorder | None = None, **settings: object) -> LLM:
     llm = LLM(
         model, **{"kv_cache_gib": 0.002, "max_num_seqs": 16, "numerics": "fast", "cuda_graphs": False, **settings}
     )
     if record:
-        llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, record)
+        llm.graphs = llm.runner.graphs = DecodeGraphs(model.decoder, llm.kv_cache, record)
+    return llm
+
+
+def answered(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[RequestOutput]:
     params = SamplingParams(n=2, max_tokens=4, temperature=0.9, seed=3)
-    outs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)
+    outs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
     llm.check_integrity()
     return outs
+
+
+def answers(model: Model, record: Recorder | None = None, **settings: object) -> list[RequestOutput]:
+    return answered(engine(model, record, **settings))
 
 
 class Launches:
@@ -95,7 +103,7 @@ class Launches:
 
     def __init__(self, visits: Visits | None) -> None:
         self.visits = visits
-        self.forgotten = 0
+        self.forgotten = self.replayed = 0
 
     def forget(self) -> None:
         self.forgotten += 1
@@ -106,6 +114,7 @@ class Launches:
         assert before == (self.visits and (self.visits.waits, self.visits.uploads))
 
         def replay() -> None:
+            self.replayed += 1
             out.copy_(run())
 
         return replay, out
@@ -192,7 +201,22 @@ def test_a_reference_scores_in_exact_what_the_engine_reports(
 def test_recorded_decode_steps_change_nothing(model: Model, use: Callable[[str], None], visits: Visits | None) -> None:
     """Padded batches and padded work lists, filled anew for every step."""
     use("triton")
-    assert samples(answers(model, Launches(visits))) == samples(answers(model))
+    launches = Launches(visits)
+    assert samples(answers(model, launches)) == samples(answers(model))
+    assert launches.replayed > 1
+
+
+def test_recorded_steps_of_a_long_prompt_that_samples_share(
+    model: Model, use: Callable[[str], None], visits: Visits | None
+) -> None:
+    """A cascade: the parts of a row, what is shared and the rest, are merged."""
+    use("triton")
+    prompt = [list(range(1, 67)) * 5]
+    recorded = engine(model, Launches(visits))
+    assert samples(answered(recorded, prompt)) == samples(answered(engine(model), prompt))
+    assert recorded.graphs is not None
+    made = [work for found in recorded.graphs._recordings.values() for work in found.ctx.plans[None].prepared.values()]
+    assert any(len(work.merges) for work in made)
 
 
 def test_a_step_waits_for_the_device_once(model: Model, use: Callable[[str], None], visits: Visits | None) -> None:

@@ -185,6 +185,14 @@ class Spawns:
         return SimpleNamespace(names=lambda: ["function"])
 
 
+@pytest.mark.parametrize("numerics", ["exact", "fast", "auto"])
+def test_a_reference_is_as_exact_as_the_policy(numerics: str, tmp_path: Path) -> None:
+    words = ["algorithm.kl_coef=0.1", f"rollout.numerics={numerics}"]
+    config, cluster = load_config(CONFIG, words), Spawns()
+    spawn_roles(config, config.make_algorithm(), cluster, RunFolder(tmp_path), {"policy": tmp_path})  # type: ignore[arg-type]
+    assert cluster.told["reference"]["exact"] == (numerics == "exact")
+
+
 def test_every_role_that_meets_others_knows_the_bound_of_a_call(tmp_path: Path) -> None:
     """tests/rlhf/test_ranks.py has what it is in torch.distributed."""
     words = ["algorithm.name=ppo", "cluster.timeout_s=77", "reward.models={m: x}", "reward.model_scale=raw"]

@@ -91,8 +91,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         for module in (policy, critic, frozen, reward_model):
             monkeypatch.setattr(module, "default_device", lambda: device)
         words = [*SMALL, f"run.dir={tmp_path / device.type}", f"recipe.path={recipe}", *overrides]
-        with second_device() if device == DEVICE else nullcontext():
+        with second_device() if device == DEVICE else nullcontext() as visits:
             result = launch(load_config(CONFIGS / config, words))
+        assert visits is None or visits.uploads > 100
         lines = (result.folder / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)} for line in lines]
 

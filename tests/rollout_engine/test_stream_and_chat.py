@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rollout_engine import LLM, SamplingParams
+from rollout_engine import LLM, SamplingParams, runner
 from rollout_engine.models.checkpoint import Model
 from rollout_engine.models.context import PackedAttention
 
@@ -186,15 +186,23 @@ def test_chat_needs_a_tokenizer(llm: LLM) -> None:
 # ---------------------------------------------------------------- the shortest answer
 
 
+@pytest.mark.parametrize("elements", [runner.SAMPLER_ELEMENTS, 1])
 def test_min_tokens_keeps_stopping_ids_out_and_reports_what_was_sampled(
-    model: Model, make_llm: MakeLLM, compare: Compare, prompt: Prompt
+    elements: int,
+    model: Model,
+    make_llm: MakeLLM,
+    compare: Compare,
+    prompt: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A third of the vocabulary stops the answer. Judged by the distribution of one packed float64 forward."""
+    """A third of the vocabulary stops the answer. Judged by the distribution of one packed float64 forward. Also where
+    the sampler takes the rows in parts, the first of them without bans."""
+    monkeypatch.setattr(runner, "SAMPLER_ELEMENTS", elements)
     stops = list(range(0, 131, 3))
     setting = {"n": 8, "max_tokens": 12, "stop_token_ids": stops[1:], "seed": 5, "top_p": 0.9, "min_p": 0.01}
     prompts = [prompt(5, 1), prompt(40, 2)]
-    params = [SamplingParams(min_tokens=6, **setting), SamplingParams(**setting)]
-    held, free = make_llm().generate(prompts, params)
+    params = [SamplingParams(**setting), SamplingParams(min_tokens=6, **setting)]
+    free, held = make_llm().generate(prompts, params)
     assert min(len(a.token_ids) for a in free.outputs) < 6  # there is something to hold back
     lengths = [len(a.token_ids) for a in held.outputs]
     assert min(lengths) == 7 and all(not set(a.token_ids[:6]) & set(stops) for a in held.outputs)
@@ -215,6 +223,11 @@ def test_min_tokens_keeps_stopping_ids_out_and_reports_what_was_sampled(
             assert abs(answer.processed_logprobs[at] - (p[token] / p.sum()).log().item()) < 1e-5
             assert abs(answer.log_kept_mass[at] - full[p > 0].sum().log().item()) < 1e-5
             assert abs(answer.entropies[at] - torch.special.entr(full).sum().item()) < 1e-5
+
+
+def test_min_tokens_where_nothing_stops(make_llm: MakeLLM) -> None:
+    (answer,) = make_llm().generate([[3, 4]], SamplingParams(min_tokens=3, max_tokens=4, ignore_eos=True))[0].outputs
+    assert len(answer.token_ids) == 4
 
 
 def test_greedy_decoding_honours_min_tokens(model: Model, make_llm: MakeLLM) -> None:
