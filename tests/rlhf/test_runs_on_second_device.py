@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from kernels import dispatch, reference
 from rlhf.backends.deepspeed import StepResult
 from rlhf.config import Train, load_config
 from rlhf.launch import launch
+from rlhf.reward_model.config import load_config as load_reward_model_config
+from rlhf.reward_model.launch import launch as launch_reward_model
 from rlhf.roles import critic, frozen, learner, policy, reward_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -80,19 +83,17 @@ Run = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """``run(device, config, *overrides)``: the metrics of a run with its roles there."""
+    """``run(device, prepare)``: the metrics of a run with its roles there; ``prepare(words)`` gives what starts it."""
     monkeypatch.setattr(learner, "DeepSpeedBackend", PlainBackend)
     monkeypatch.setattr(dispatch, "forced", lambda: "torch")  # the C++ ops are the CPU's alone
     monkeypatch.setattr(dispatch, "implementation", lambda device: reference)
-    recipe = tmp_path / "task.py"
-    recipe.write_text(RECIPE)
 
-    def train(device: torch.device, config: str, *overrides: str) -> list[dict[str, Any]]:
+    def train(device: torch.device, prepare: Callable[[Sequence[str]], Callable[[], Any]]) -> list[dict[str, Any]]:
         for module in (policy, critic, frozen, reward_model):
             monkeypatch.setattr(module, "default_device", lambda: device)
-        words = [*SMALL, f"run.dir={tmp_path / device.type}", f"recipe.path={recipe}", *overrides]
+        start = prepare([f"run.dir={tmp_path / device.type}"])
         with second_device() if device == DEVICE else nullcontext() as visits:
-            result = launch(load_config(CONFIGS / config, words))
+            result = start()
         assert visits is None or visits.uploads > 100
         lines = (result.folder / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)} for line in lines]
@@ -100,12 +101,35 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return train
 
 
+def training(config: str, *overrides: str) -> Callable[[Sequence[str]], Callable[[], Any]]:
+    return lambda words: partial(launch, load_config(CONFIGS / config, [*SMALL, *overrides, *words]))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    """A task whose answers differ in reward from the start."""
+    (tmp_path / "task.py").write_text(RECIPE)
+    return f"recipe.path={tmp_path / 'task.py'}"
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "remax"])
-def test_a_policy(algorithm: str, run: Run) -> None:
-    words = ("arithmetic_grpo_cpu.yaml", f"algorithm.name={algorithm}")
-    assert run(CPU, *words) == run(DEVICE, *words)
+def test_a_policy(algorithm: str, run: Run, task: str) -> None:
+    grpo = training("arithmetic_grpo_cpu.yaml", task, f"algorithm.name={algorithm}")
+    assert run(CPU, grpo) == run(DEVICE, grpo)
 
 
-def test_all_roles(run: Run, random_judge: Path) -> None:
-    words = ("arithmetic_ppo_cpu.yaml", f"reward.models={{preference: {random_judge}}}")
-    assert run(CPU, *words) == run(DEVICE, *words)
+def test_all_roles(run: Run, task: str, random_judge: Path) -> None:
+    ppo = training("arithmetic_ppo_cpu.yaml", task, f"reward.models={{preference: {random_judge}}}")
+    assert run(CPU, ppo) == run(DEVICE, ppo)
+
+
+def test_a_reward_model(run: Run) -> None:
+    small = ["warm_start.steps=2", "warm_start.batch_size=8", "pairs.steps=2", "pairs.batch_size=16", "eval.pairs=16",
+             "eval.every=1", "train.tokens_per_microbatch=64", "cluster.kind=local", "cluster.threads=1",
+             "tracking.wandb=disabled"]  # fmt: skip
+    config = CONFIGS / "arithmetic_reward_model_cpu.yaml"
+
+    def judge(words: Sequence[str]) -> Callable[[], Any]:
+        return partial(launch_reward_model, load_reward_model_config(config, [*small, *words]))
+
+    assert run(CPU, judge) == run(DEVICE, judge)
