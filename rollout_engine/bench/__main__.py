@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def of_one_shape(args: argparse.Namespace, device: torch.device) -> int:
     """What ``--shape`` asks for."""
     if args.decode:
-        found = serving.decode(args.shape, args.decode, device=device)
+        found = serving.decode(args.shape, args.decode, kv_cache_gib=args.kv_cache_gib, device=device)
         print(serving.decode_table(found))
     else:
         found = serving.serve(

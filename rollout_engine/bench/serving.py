@@ -87,7 +87,9 @@ def serve(
     }
 
 
-def decode(shape: str, batches: Sequence[int], *, device: torch.device, tokens: int = 256) -> dict[str, Any]:
+def decode(
+    shape: str, batches: Sequence[int], *, kv_cache_gib: float, device: torch.device, tokens: int = 256
+) -> dict[str, Any]:
     """Decoding in batches, with and without CUDA graphs: tokens/s of each, the better of two turns after a warm-up.
 
     ``tokens``: of each prompt and of each answer. A CPU has no graphs, and both are the same there.
@@ -96,7 +98,7 @@ def decode(shape: str, batches: Sequence[int], *, device: torch.device, tokens: 
     vocabulary = model.decoder.config.vocab_size
     rates: dict[str, dict[str, float]] = {}
     for graphs in (False, True):
-        llm = LLM(model, kv_cache_gib=4, max_num_seqs=max(batches), cuda_graphs=graphs, prefix_caching=False)
+        llm = LLM(model, kv_cache_gib=kv_cache_gib, max_num_seqs=max(batches), cuda_graphs=graphs, prefix_caching=False)
         for batch in batches:
             rng = random.Random(batch)
             prompts = [[rng.randrange(1, vocabulary) for _ in range(tokens)] for _ in range(batch)]

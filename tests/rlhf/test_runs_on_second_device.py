@@ -76,6 +76,14 @@ from recipes.arithmetic import initial_model, prompts, warm_start
 def reward(completion):
     return float(sum(completion.token_ids) % 7)
 """
+PAIRS = """
+from itertools import islice
+from recipes import arithmetic_ppo
+from recipes.arithmetic_ppo import initial_model, prompts, reward, warm_start
+
+def preferences(split):
+    return islice(arithmetic_ppo.preferences(split), 40)
+"""
 CPU = torch.device("cpu")
 MEASURED = ("time/", "throughput/", "memory/")
 Run = Callable[..., list[dict[str, Any]]]
@@ -123,10 +131,11 @@ def test_all_roles(run: Run, task: str, random_judge: Path) -> None:
     assert run(CPU, ppo) == run(DEVICE, ppo)
 
 
-def test_a_reward_model(run: Run) -> None:
+def test_a_reward_model(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pairs.py").write_text(PAIRS)
     small = ["warm_start.steps=2", "warm_start.batch_size=8", "pairs.steps=2", "pairs.batch_size=16", "eval.pairs=16",
              "eval.every=1", "train.tokens_per_microbatch=64", "cluster.kind=local", "cluster.threads=1",
-             "tracking.wandb=disabled"]  # fmt: skip
+             "tracking.wandb=disabled", f"recipe.path={tmp_path / 'pairs.py'}"]  # fmt: skip
     config = CONFIGS / "arithmetic_reward_model_cpu.yaml"
 
     def judge(words: Sequence[str]) -> Callable[[], Any]:

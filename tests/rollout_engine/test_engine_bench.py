@@ -61,7 +61,7 @@ def test_serving_one_shape(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 
 def test_what_graphs_gain_is_asked_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    found = serving.decode("tiny", [1, 2], device=torch.device("cpu"), tokens=16)
+    found = serving.decode("tiny", [1, 2], kv_cache_gib=0.01, device=torch.device("cpu"), tokens=16)
     assert set(found["tokens_per_s"]) == {"1", "2"}
     assert all(rate > 0 for rates in found["tokens_per_s"].values() for rate in rates.values())
     assert len(serving.decode_table(found).splitlines()) == 4
