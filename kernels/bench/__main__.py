@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from kernels.bench import attention_cases, memory_cases, product_cases
 from kernels.bench.case import Case
 from kernels.bench.measure import measured
-from kernels.bench.report import COLUMNS, cells, draw, line, markdown
+from kernels.bench.report import COLUMNS, cells, draw, line, markdown, write
 from kernels.bench.timing import limits
 from kernels.device import default_device
 
@@ -85,13 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def chosen(ops: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for op in ops:
         yield from FAMILIES[op](device, dtype)
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
 
 
 if __name__ == "__main__":

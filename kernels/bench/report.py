@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def markdown(report: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(text).rstrip() + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

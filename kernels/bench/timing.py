@@ -81,13 +81,16 @@ def _gpu_seconds(calls: Calls, launch_s: float) -> float:
     return statistics.median(found)
 
 
-def limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measure them: a copy far larger than the cache, and a product of random matrices (zeros would run faster)."""
-    on_gpu = device.type == "cuda"
-    source = torch.empty((1 << 30) if on_gpu else (1 << 27), dtype=torch.uint8, device=device).random_(0, 255)
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy far larger than the cache, read and written counted."""
+    source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
+    source.random_(0, 255)
     target = torch.empty_like(source)
-    copy = seconds([lambda: target.copy_(source)], device)
-    size = 8192 if on_gpu else 1024
+    return 2 * source.numel() / seconds([lambda: target.copy_(source)], device)
+
+
+def limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measure them: a copy, and a product of random matrices (zeros would run faster)."""
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = seconds([lambda: torch.mm(a, b)], device)
-    return Limits(2 * source.numel() / copy, 2 * size**3 / product)
+    return Limits(copy_bandwidth(device), 2 * size**3 / seconds([lambda: torch.mm(a, b)], device))

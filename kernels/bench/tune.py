@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from triton.errors import TritonError
 
-from kernels.bench.__main__ import FAMILIES, chosen, write
+from kernels.bench.__main__ import FAMILIES, chosen
 from kernels.bench.case import Case
+from kernels.bench.report import write
 from kernels.bench.timing import input_sets, seconds
 from kernels.device import default_device
 from kernels.triton import tables

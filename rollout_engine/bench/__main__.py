@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads OpenMP
 import torch
 import transformers
 
+from kernels.bench.report import write
 from kernels.device import default_device
 from kernels.dispatch import uses_triton
 from rollout_engine.bench import ours, serving, theirs
@@ -196,13 +197,6 @@ def table(size: str, found: dict[str, Any]) -> str:
         span = f"{row['from_rows']}-{row['to_rows']}"
         lines.append(f"  {span:<12}{row['steps']:>6}{row['ms_per_step']:>10.2f}{row['tokens_per_s']:>10.0f}")
     return "\n".join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    tmp.replace(path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kernels.bench.timing import copy_bandwidth
 from rollout_engine.bench.load import random_model
 from rollout_engine.llm import LLM
 from rollout_engine.types import SamplingParams
@@ -127,19 +128,6 @@ def decode_table(found: dict[str, Any]) -> str:
             f"  {batch:<8}{rate['eager']:>10.0f}{rate['graphs']:>10.0f}{rate['graphs'] / rate['eager']:>7.2f} x"
         )
     return "\n".join(lines)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, read and written counted; best of five."""
-    source = torch.ones(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        target[-1].item()  # waits
-        best = min(best, time.perf_counter() - started)
-    return 2 * source.numel() / best
 
 
 def table(found: dict[str, Any]) -> str:
